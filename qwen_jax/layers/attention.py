@@ -1,0 +1,109 @@
+"""Attention: what may be seen as data, the plain computation, and the layer around it."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.cache import Cache
+from qwen_jax.config import ModelConfig
+from qwen_jax.layers.linear import Linear, residual_std
+from qwen_jax.layers.norm import RMSNorm
+from qwen_jax.layers.rope import rotate
+
+# Queries attended at once: bounds the [B, H, T, S] scores that the plain computation holds.
+QUERY_BLOCK = 512
+
+
+class AttentionSpec(flax.struct.PyTreeNode):
+    """Which keys a query sees: not later ones, of its own segment, and within the window (in keys, itself included)."""
+
+    query_positions: jax.Array  # [B, T]
+    key_positions: jax.Array  # [B, S]
+    query_segments: jax.Array | None = None  # [B, T]
+    key_segments: jax.Array | None = None  # [B, S]
+    window: jax.Array | int | None = None
+
+    def mask(self) -> jax.Array:
+        """bool [B, T, S]."""
+        query, key = self.query_positions[:, :, None], self.key_positions[:, None, :]
+        seen = key <= query
+        if self.query_segments is not None and self.key_segments is not None:
+            seen &= self.query_segments[:, :, None] == self.key_segments[:, None, :]
+        if self.window is not None:
+            seen &= key > query - self.window
+        return seen
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """softmax(q k^T / sqrt(h)) v with float32 scores; q [B, T, H, h], k and v [B, S, K, h], returns q's shape and dtype."""
+    num_queries = q.shape[1]
+    if num_queries <= QUERY_BLOCK or num_queries % QUERY_BLOCK:
+        return _attend(q, k, v, spec)
+
+    def blocks(x: jax.Array | None) -> jax.Array | None:
+        if x is None:
+            return None
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+    def one(block: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        query, positions, segments = block
+        return _attend(query, k, v, spec.replace(query_positions=positions, query_segments=segments))
+
+    out = lax.map(one, (blocks(q), blocks(spec.query_positions), blocks(spec.query_segments)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+    batch, num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    # query head i reads key/value head i // G
+    q = q.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    seen = spec.mask()[:, None, None]  # [B, 1, 1, T, S]
+    probs = nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    out = jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.reshape(batch, num_queries, num_heads, head_dim).astype(v.dtype)
+
+
+class Attention(nn.Module):
+    """Projections, rotation, attention over the new keys or over the cache, and the output projection."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        tables: tuple[jax.Array, jax.Array],
+        query_scale: jax.Array | None,
+        spec: AttentionSpec,
+        cache: Cache | None,
+        layer: jax.Array | int,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Cache | None]:
+        """x [B, T, D] -> (y [B, T, D], the new rotated keys and values [B, T, K, h], the cache with them)."""
+        c = self.config
+
+        def heads(name: str, num: int, axis: str) -> jax.Array:
+            shape, axes = (num, c.head_dim), (axis, "head_dim")
+            return Linear(shape, (c.hidden_size,), axes, ("embed",), c.qkv_bias, c.initializer_range, name=name)(x)
+
+        q = heads("q", c.num_heads, "heads")  # [B, T, H, h]
+        k = heads("k", c.num_kv_heads, "kv_heads")  # [B, T, K, h]
+        v = heads("v", c.num_kv_heads, "kv_heads")
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, "head_dim", name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, "head_dim", name="k_norm")(k)
+        q, k = rotate(q, tables), rotate(k, tables)
+        if query_scale is not None:
+            q = (q * query_scale[..., None, None]).astype(q.dtype)
+        keys, values = k, v
+        if cache is not None:
+            cache, keys, values = cache.append(layer, k, v, spec.query_positions)
+        out = attention(q, keys, values, spec)
+        std = residual_std(c.initializer_range, c.num_layers) if c.model_type == "qwen" else c.initializer_range
+        project_out = Linear(
+            (c.hidden_size,), (c.num_heads, c.head_dim), ("embed",), ("heads", "head_dim"), std=std, name="o"
+        )
+        return project_out(out), (k, v), cache

@@ -1,0 +1,27 @@
+"""Token embedding, and the same table read the other way as the output head."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.layers.linear import project
+
+
+class Embedding(nn.Module):
+    """A [V, D] table: `__call__` looks rows up, `logits` multiplies by them."""
+
+    vocab_size: int
+    features: int
+    std: float = 0.02
+
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (self.vocab_size, self.features))
+
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """Rows of the table for int tokens [...], as [..., D]."""
+        return jnp.take(self.embedding, tokens, axis=0).astype(dtype or self.embedding.dtype)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., D]."""
+        return project(self.embedding.astype(x.dtype), x)

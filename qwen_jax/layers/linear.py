@@ -1,0 +1,47 @@
+"""Projections. Weights are stored as PyTorch stores them, [out, in], so conversion never transposes."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def project(kernel: jax.Array, x: jax.Array, num_in: int = 1) -> jax.Array:
+    """Sums `kernel[*out, *in] * x[*batch, *in]` over the last `num_in` axes; float32 result [*batch, *out].
+
+    The kernel is the left operand because XLA:CPU then streams it at memory bandwidth in bfloat16 (docs/performance.md);
+    other backends choose the order themselves.
+    """
+    num_out, num_batch = kernel.ndim - num_in, x.ndim - num_in
+    contract = (tuple(range(num_out, kernel.ndim)), tuple(range(num_batch, x.ndim)))
+    y = lax.dot_general(kernel, x, (contract, ((), ())), preferred_element_type=jnp.float32)
+    return jnp.transpose(y, (*range(num_out, num_out + num_batch), *range(num_out)))
+
+
+class Linear(nn.Module):
+    """y[..., *out] = kernel[*out, *in] x[..., *in] (+ bias[*out]), accumulated in float32, returned in x's dtype."""
+
+    out_shape: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    out_axes: tuple[str, ...]
+    in_axes: tuple[str, ...]
+    use_bias: bool = False
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.out_axes + self.in_axes)
+        kernel = self.param("kernel", init, self.out_shape + self.in_shape)
+        y = project(kernel.astype(x.dtype), x, len(self.in_shape))
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes)
+            bias = self.param("bias", zeros, self.out_shape)
+            y += bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y.astype(x.dtype)
+
+
+def residual_std(std: float, num_layers: int) -> float:
+    """Qwen1's smaller initialisation of the two projections that write to the residual stream (B1: std / sqrt(2 L))."""
+    return std / math.sqrt(2 * num_layers)

@@ -1,0 +1,89 @@
+"""Rotary position embeddings as data: frequencies, scales and the tables made of them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.config import DynamicNtkScaling, LinearScaling, ModelConfig, YarnScaling
+
+
+def inverse_frequencies(config: ModelConfig, lengths: jax.Array | None = None) -> tuple[jax.Array, float]:
+    """Angle per position of each pair of the head, float32 [1 or B, h/2], and the factor on both cos and sin.
+
+    `lengths` [B] int32 are the sequences' true lengths at prefill, which Qwen1's dynamic NTK looks at; None is training,
+    where it is off.
+    """
+    scaling, half = config.rope_scaling, config.head_dim // 2
+    exponents = np.arange(half, dtype=np.float32) / half
+    plain = (1.0 / config.rope_theta**exponents).astype(np.float32)[None]
+    if isinstance(scaling, LinearScaling):
+        return jnp.asarray(plain / scaling.factor), 1.0
+    if isinstance(scaling, YarnScaling):
+        return jnp.asarray(_yarn(plain, scaling, config)), yarn_attention_factor(scaling)
+    if isinstance(scaling, DynamicNtkScaling) and lengths is not None:
+        alpha = ntk_alpha(lengths, scaling.trained_length)
+        base = config.rope_theta * alpha ** (config.head_dim / (config.head_dim - 2))  # [B]
+        return 1.0 / base[:, None] ** jnp.asarray(exponents)[None], 1.0
+    return jnp.asarray(plain), 1.0
+
+
+def ntk_alpha(lengths: jax.Array, trained_length: int) -> jax.Array:
+    """Qwen1's alpha = max(2^ceil(log2(T / trained) + 1) - 1, 1), float32 [B], without rounding at the powers of two."""
+    steps = jnp.asarray([min(trained_length << i, 2**31 - 1) for i in range(16)])
+    doublings = jnp.sum(lengths[:, None] > steps[None], axis=-1)  # smallest n with trained * 2^n >= T
+    return (2.0 ** (doublings + 1) - 1).astype(jnp.float32)
+
+
+def _yarn(plain: np.ndarray, scaling: YarnScaling, config: ModelConfig) -> np.ndarray:
+    """NTK-by-parts (arXiv 2309.00071, section 3.2), with the bounds rounded outwards as released code does."""
+
+    def dimension(rotations: float) -> float:
+        wavelengths = math.log(scaling.original_length / (rotations * 2 * math.pi))
+        return config.head_dim * wavelengths / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension(scaling.beta_slow)), config.head_dim - 1)
+    span = high - low if high != low else 0.001
+    ramp = np.clip((np.arange(config.head_dim // 2, dtype=np.float32) - low) / span, 0, 1)
+    return (plain / scaling.factor * ramp + plain * (1 - ramp)).astype(np.float32)
+
+
+def yarn_attention_factor(scaling: YarnScaling) -> float:
+    """What multiplies cos and sin, so that attention logits gain its square (YaRN section 3.4; mscale as DeepSeek)."""
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return mscale(scaling.mscale) / mscale(scaling.mscale_all_dim)
+    return mscale(1.0)
+
+
+def rotary_tables(
+    config: ModelConfig, positions: jax.Array, lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, h/2], of int positions [B, T]."""
+    frequencies, factor = inverse_frequencies(config, lengths)
+    angles = positions[..., None].astype(jnp.float32) * frequencies[:, None, :]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the halves of each head, [B, T, heads, h], in float32; never the interleaved layout."""
+    cos, sin = (table[:, :, None, :] for table in tables)  # [B, T, 1, h/2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def logn_scale(config: ModelConfig, positions: jax.Array, lengths: jax.Array | None) -> jax.Array | None:
+    """Qwen1's LogN factor on rotated queries, float32 [B, T]: log_trained(position + 1) beyond the trained length."""
+    if config.logn_trained_length is None or lengths is None:
+        return None
+    ordinal = positions.astype(jnp.float32) + 1
+    scale = jnp.log(ordinal) / math.log(config.logn_trained_length)
+    return jnp.where(ordinal > config.logn_trained_length, scale, 1.0)
