@@ -127,6 +127,8 @@ class ModelConfig:
             return (None,) * self.num_layers
         if self.model_type == "qwen2_moe":  # transformers alternates here instead of switching at one depth
             windowed = [i % 2 == 0 and i < self.first_window_layer for i in range(self.num_layers)]
+        elif self.model_type == "qwen3_moe":  # and here it does not look at the depth
+            windowed = [True] * self.num_layers
         else:
             windowed = [i >= self.first_window_layer for i in range(self.num_layers)]
         return tuple(self.sliding_window if w else None for w in windowed)
@@ -197,7 +199,7 @@ _IGNORED = frozenset(
     resid_pdrop return_dict rotary_pct scale_attn_weights softmax_in_fp32 tokenizer_class tokenizer_type torch_dtype
     transformers_version use_cache use_cache_kernel use_cache_quantization use_flash_attn attention_bias
     bias_dropout_fusion pos_emb padded_vocab_size apply_residual_connection_post_layernorm id2label label2id
-    sparse_attention_config activation params_dtype seq_len router_jitter_noise n_positions n_inner""".split()
+    sparse_attention_config activation params_dtype seq_len router_jitter_noise n_positions n_inner qkv_bias""".split()
 )
 
 # canonical name -> spellings, first found wins
@@ -222,7 +224,7 @@ _SPELLINGS = {
     "rope_scaling": ("rope_scaling",),
     "rope_parameters": ("rope_parameters",),
     "dual_chunk_attention_config": ("dual_chunk_attention_config",),
-    "num_experts": ("num_experts",),
+    "num_experts": ("num_experts", "num_local_experts"),
     "top_k": ("num_experts_per_tok",),
     "expert_intermediate_size": ("moe_intermediate_size",),
     "shared_intermediate_size": ("shared_expert_intermediate_size",),
@@ -291,6 +293,8 @@ def _refuse_unsupported(config: Mapping[str, Any], values: Mapping[str, Any]) ->
         raise InputError(f"rotary_pct {config['rotary_pct']} is not supported; every Qwen rotates the whole head.")
     if (values["decoder_sparse_step"] or 1) != 1 or values["mlp_only_layers"]:
         raise InputError("decoder_sparse_step != 1 or mlp_only_layers mixes dense and sparse layers; no released Qwen does.")
+    if config.get("qkv_bias") is False:
+        raise InputError("qkv_bias=false is not supported; every Qwen with that key has biases on q, k and v.")
     if config.get("attention_bias"):
         raise InputError("attention_bias=true (a bias on o_proj too) is not supported; no released Qwen has it.")
 
