@@ -1,0 +1,52 @@
+# `make demo` and `make test` need only Python 3.11 or newer and make: each builds .venv once and reuses it until
+# setup.cfg changes. Elsewhere: PYTHON=/path/to/python3.12 make test, VENV=/some/folder make test.
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+# 2 workers: every worker compiles its own programs and may hold a model, so more cost memory before they save time
+PYTEST_ARGS ?= -n 2
+
+.PHONY: help demo test test-slow lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.base  ## answer a question with the default model (needs only the base install)
+	$(BIN)/qwen-jax demo
+
+test: $(VENV)/.dev  ## run the tests, the checks against PyTorch among them
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.dev  ## run the tests that take minutes
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
+
+lint: $(VENV)/.dev  ## format, style, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev  ## measure beside peers, one table
+	$(BIN)/python -m bench
+
+clean:  ## remove the environment and every cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@python=; for candidate in $(PYTHON) python3.12 python3.13 python3.11 python3 python; do \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "qwen-jax needs Python 3.11 or newer and none was found; install one, or name it: PYTHON=/path/to/python make ..." >&2; exit 2; \
+	fi; \
+	"$$python" -m venv $(VENV) || { rm -rf $(VENV); echo "$$python cannot make a virtual environment; install its venv module (on Debian and Ubuntu: python3-venv)." >&2; exit 2; }
+
+$(VENV)/.base: setup.cfg | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.dev: setup.cfg | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,torch]"
+	@touch $@ $(VENV)/.base
