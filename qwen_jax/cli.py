@@ -1,0 +1,58 @@
+"""The console command `qwen-jax`: a lazy table of subcommands, so that `--help` imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from qwen_jax.errors import InputError
+
+# name -> (module:function, one line of help); the function takes its own arguments and returns an exit status or None
+COMMANDS: dict[str, tuple[str, str]] = {
+    "models": ("qwen_jax.models_table:main", "list the models: sizes, context, memory"),
+    "chat": ("infer.chat:main", "talk to a model in the terminal"),
+    "generate": ("infer.generate:main", "complete prompts"),
+    "demo": ("infer.demo:main", "answer one question with the default model"),
+    "convert": ("qwen_jax.weights.convert:main", "convert a checkpoint between formats"),
+    "crosscheck": ("infer.crosscheck:main", "prove a model equal to PyTorch, layer by layer"),
+}
+
+
+def usage() -> str:
+    """The text of `qwen-jax --help`."""
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    head = ["usage: qwen-jax COMMAND [options]", "", "Every Qwen, in JAX.", "", "commands:"]
+    tail = [
+        "",
+        "`qwen-jax COMMAND --help` explains one command. Exit status: 0 good, 1 a check did not hold, 2 bad input.",
+    ]
+    return "\n".join(head + rows + tail)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one subcommand and returns its exit status. Raises InputError for a name that is not in the table."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known commands: {', '.join(COMMANDS)}."
+        raise InputError(f"there is no command {name!r}; {hint}")
+    module, function = COMMANDS[name][0].split(":")
+    return getattr(importlib.import_module(module), function)(rest) or 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: bad input ends as one sentence on stderr and status 2, Ctrl-C as status 130."""
+    try:
+        status = run(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        print(f"qwen-jax: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
