@@ -234,6 +234,20 @@ _SPELLINGS = {
     "mlp_only_layers": ("mlp_only_layers",),
     "quantization_config": ("quantization_config",),
 }
+# those of them that count something
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
+    *("max_position_embeddings", "seq_length", "num_experts", "top_k", "expert_intermediate_size"),
+)
+# rope_scaling type -> the other keys it may have
+_ROPE_KEYS = {
+    "default": frozenset[str](),
+    "linear": frozenset({"factor"}),
+    "yarn": frozenset(
+        """factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale mscale_all_dim
+        truncate""".split()
+    ),
+}
 _KNOWN = _IGNORED.union(*map(set, _SPELLINGS.values()))
 
 
@@ -251,15 +265,30 @@ def _from_hf(config: Mapping[str, Any]) -> ModelConfig:
     required = ["vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"]
     if missing := [_SPELLINGS[name][0] for name in required if values[name] is None]:
         raise InputError(f"config lacks {', '.join(missing)}; the file is incomplete, download it again.")
+    for name in _SIZES:
+        if values[name] is not None and (not isinstance(values[name], int) or values[name] < 1):
+            key = next(spelling for spelling in _SPELLINGS[name] if spelling in config)
+            raise InputError(
+                f"{key} is {values[name]!r}; it must be a whole number of at least 1, so correct the config."
+            )
     _refuse_unsupported(config, values)
 
     qwen1, moe_type = model_type == "qwen", model_type.endswith("_moe")
     default_heads = values["num_heads"]
     default_head_dim = 128 if model_type.startswith("qwen3") else values["hidden_size"] // values["num_heads"]
     theta, scaling = _rope_from_hf(values, default_theta=10000.0)
-    if qwen1 and values["use_dynamic_ntk"]:
-        scaling = DynamicNtkScaling(trained_length=values["seq_length"] or 8192)
-    return ModelConfig(
+    logn_trained_length = None
+    if qwen1:  # both are on in the released code when the file is silent
+        dynamic_ntk, logn = values["use_dynamic_ntk"] is not False, values["use_logn_attn"] is not False
+        if (dynamic_ntk or logn) and values["seq_length"] is None:
+            raise InputError("config lacks seq_length, the trained length that use_dynamic_ntk and use_logn_attn need.")
+        scaling = DynamicNtkScaling(trained_length=values["seq_length"]) if dynamic_ntk else scaling
+        logn_trained_length = values["seq_length"] if logn else None
+    window, first_window_layer = None, 0
+    if values["use_sliding_window"]:
+        window = values["sliding_window"] or 4096
+        first_window_layer = 28 if values["max_window_layers"] is None else values["max_window_layers"]
+    result = ModelConfig(
         model_type=model_type,
         vocab_size=values["vocab_size"],
         hidden_size=values["hidden_size"],
@@ -269,30 +298,42 @@ def _from_hf(config: Mapping[str, Any]) -> ModelConfig:
         head_dim=values["head_dim"] or default_head_dim,
         # Qwen1 writes the width of gate and up together
         intermediate_size=values["intermediate_size"] // 2 if qwen1 else values["intermediate_size"],
-        max_position_embeddings=values["max_position_embeddings"] or 8192,
-        rms_norm_eps=values["rms_norm_eps"] or 1e-6,
+        max_position_embeddings=values["max_position_embeddings"] or (8192 if qwen1 else 32768),
+        rms_norm_eps=float(values["rms_norm_eps"] or 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
-        logn_trained_length=(values["seq_length"] or 8192) if qwen1 and values["use_logn_attn"] else None,
-        sliding_window=values["sliding_window"] if values["use_sliding_window"] else None,
-        first_window_layer=(values["max_window_layers"] or 0) if values["use_sliding_window"] else 0,
+        logn_trained_length=logn_trained_length,
+        sliding_window=window,
+        first_window_layer=first_window_layer,
         dual_chunk=_dual_chunk_from_hf(values["dual_chunk_attention_config"]),
-        moe=_moe_from_hf(values) if moe_type else None,
+        moe=_moe_from_hf(values, shared=model_type == "qwen2_moe") if moe_type else None,
         initializer_range=config.get("initializer_range", 0.02),
     )
+    ours = ["sliding_attention" if window else "full_attention" for window in result.layer_windows()]
+    if config.get("layer_types") not in (None, ours):
+        raise InputError(
+            "layer_types does not follow from use_sliding_window and max_window_layers, and a free choice of windowed "
+            "layers is not supported; no released Qwen makes one."
+        )
+    return result
 
 
 def _refuse_unsupported(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     if values["quantization_config"]:
         method = values["quantization_config"].get("quant_method", "unknown")
-        raise InputError(f"the checkpoint is quantised with {method!r}, which is not read yet; use the bf16 or GGUF file.")
+        raise InputError(
+            f"the checkpoint is quantised with {method!r}, which is not read yet; use the bf16 or GGUF file."
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"hidden_act {config['hidden_act']!r} is not supported; every Qwen uses 'silu'.")
     if config.get("rotary_pct", 1.0) != 1.0:
         raise InputError(f"rotary_pct {config['rotary_pct']} is not supported; every Qwen rotates the whole head.")
     if (values["decoder_sparse_step"] or 1) != 1 or values["mlp_only_layers"]:
-        raise InputError("decoder_sparse_step != 1 or mlp_only_layers mixes dense and sparse layers; no released Qwen does.")
+        raise InputError(
+            "decoder_sparse_step != 1 or a filled mlp_only_layers mixes dense and sparse layers, which is not "
+            "supported; no released Qwen does."
+        )
     if config.get("qkv_bias") is False:
         raise InputError("qkv_bias=false is not supported; every Qwen with that key has biases on q, k and v.")
     if config.get("attention_bias"):
@@ -301,40 +342,55 @@ def _refuse_unsupported(config: Mapping[str, Any], values: Mapping[str, Any]) ->
 
 def _rope_from_hf(values: Mapping[str, Any], default_theta: float) -> tuple[float, RopeScaling | None]:
     theta = values["rope_theta"]
-    raw = values["rope_parameters"] or values["rope_scaling"]  # transformers 5 writes the first, earlier ones the second
+    parameters, legacy = values["rope_parameters"], values["rope_scaling"]  # transformers 5 writes the first
+    if parameters and legacy and parameters != legacy:
+        raise InputError(
+            "config has both rope_parameters and rope_scaling, and readers differ on which counts; keep one."
+        )
+    raw = parameters or legacy
     if not raw:
         return float(theta or default_theta), None
-    raw = dict(raw)
-    theta = float(raw.pop("rope_theta", None) or theta or default_theta)
-    kind = raw.pop("rope_type", None) or raw.pop("type", None)
-    raw.pop("type", None)
-    known: dict[str, tuple[str, ...]] = {
-        "default": (),
-        "linear": ("factor",),
-        "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
-    }
-    if kind not in known:
-        raise InputError(f"rope_scaling type {kind!r} is not supported; known: {', '.join(known)}.")
-    raw = {k: v for k, v in raw.items() if v is not None}
+    if not isinstance(raw, Mapping):
+        raise InputError(
+            f"rope_scaling is {raw!r}; it must be a mapping such as {{'rope_type': 'yarn', 'factor': 4.0}}."
+        )
+    raw = {key: value for key, value in raw.items() if value is not None}
+    theta = float(raw.pop("rope_theta", theta) or default_theta)
+    kinds = [raw.pop(key) for key in ("rope_type", "type") if key in raw]
+    if len(set(kinds)) > 1:
+        raise InputError(f"rope_scaling says rope_type {kinds[0]!r} and type {kinds[1]!r}; keep the one that is meant.")
+    kind = kinds[0] if kinds else None
+    if kind not in _ROPE_KEYS:
+        raise InputError(f"rope_scaling type {kind!r} is not supported; known: {', '.join(_ROPE_KEYS)}.")
+    if unknown := sorted(set(raw) - _ROPE_KEYS[kind]):
+        known = ", ".join(sorted(_ROPE_KEYS[kind])) or "none"
+        raise InputError(f"rope_scaling of type {kind!r} has the unknown key {unknown[0]!r}; known: {known}.")
     if kind == "default":
         return theta, None
-    if unknown := sorted(set(raw) - set(known[kind]) - {"original_max_position_embeddings"}):
-        raise InputError(f"rope_scaling of type {kind!r} has the unknown key {unknown[0]!r}; known: {', '.join(known[kind])}.")
-    factor = float(raw.get("factor", 0))
-    if factor < 1:
-        raise InputError(f"rope_scaling factor is {raw.get('factor')!r}; it must be a number of at least 1.")
+    factor = raw.pop("factor", None)
+    if not isinstance(factor, int | float) or factor < 1:
+        raise InputError(f"rope_scaling factor is {factor!r}; it must be a number of at least 1.")
     if kind == "linear":
-        return theta, LinearScaling(factor)
+        return theta, LinearScaling(float(factor))
     if raw.pop("truncate", True) is not True:
         raise InputError("rope_scaling truncate=false is not supported; no Qwen uses it.")
-    original = raw.get("original_max_position_embeddings") or values["max_position_embeddings"]
-    optional = {k: raw[k] for k in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim") if k in raw}
-    return theta, YarnScaling(factor=factor, original_length=int(original), **optional)
+    original = raw.pop("original_max_position_embeddings", None) or values["max_position_embeddings"]
+    if original is None:
+        raise InputError("rope_scaling lacks original_max_position_embeddings, the length that yarn multiplies.")
+    options = {key: float(value) for key, value in raw.items()}
+    return theta, YarnScaling(factor=float(factor), original_length=int(original), **options)
 
 
 def _dual_chunk_from_hf(raw: Mapping[str, Any] | None) -> DualChunk | None:
     if not raw:
         return None
+    known = {"chunk_size", "local_size", "original_max_position_embeddings"}
+    # which keys a query skips to save time, not what exact attention computes
+    known |= {"sparse_attention_enabled", "sparse_attention_config", "sparse_attention_threshold"}
+    if unknown := sorted(set(raw) - known):
+        raise InputError(
+            f"dual_chunk_attention_config has the unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}."
+        )
     chunk = DualChunk(
         chunk_size=raw.get("chunk_size", 8192),
         local_size=raw.get("local_size", 1024),
@@ -345,17 +401,17 @@ def _dual_chunk_from_hf(raw: Mapping[str, Any] | None) -> DualChunk | None:
     return chunk
 
 
-def _moe_from_hf(values: Mapping[str, Any]) -> MoeConfig:
-    needed = {"num_experts": "num_experts", "top_k": "num_experts_per_tok", "expert_intermediate_size": "moe_intermediate_size"}
-    if missing := [hf for name, hf in needed.items() if not values[name]]:
-        raise InputError(f"config lacks {', '.join(missing)}, which a mixture of experts needs.")
+def _moe_from_hf(values: Mapping[str, Any], *, shared: bool) -> MoeConfig:
+    needed = ["num_experts", "top_k", "expert_intermediate_size"] + ["shared_intermediate_size"] * shared
+    if missing := [_SPELLINGS[name][0] for name in needed if values[name] is None]:
+        raise InputError(f"config lacks {', '.join(missing)}, which this mixture of experts needs.")
     return MoeConfig(
         num_experts=values["num_experts"],
         top_k=values["top_k"],
         expert_intermediate_size=values["expert_intermediate_size"],
         shared_intermediate_size=values["shared_intermediate_size"] or 0,
         norm_topk_prob=bool(values["norm_topk_prob"]),
-        aux_loss_coef=0.001 if values["aux_loss_coef"] is None else values["aux_loss_coef"],
+        aux_loss_coef=0.001 if values["aux_loss_coef"] is None else float(values["aux_loss_coef"]),
     )
 
 
@@ -421,6 +477,6 @@ def _to_hf(c: ModelConfig) -> dict[str, Any]:
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
-        if c.moe.shared_intermediate_size:
+        if c.model_type == "qwen2_moe":
             out["shared_expert_intermediate_size"] = c.moe.shared_intermediate_size
     return out
