@@ -81,7 +81,8 @@ def test_yarn_without_a_length_extends_the_declared_one():
 
 def test_yarn_options_are_kept():
     options = {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5, "mscale": 0.7, "mscale_all_dim": 0.9}
-    assert read(rope_scaling={"type": "yarn"} | YARN | options).rope_scaling == YarnScaling(4.0, 256, **options)
+    expected = YarnScaling(4.0, 256, 16.0, 2.0, 1.5, 0.7, 0.9)
+    assert read(rope_scaling={"type": "yarn"} | YARN | options).rope_scaling == expected
 
 
 def test_linear_and_default():
