@@ -261,7 +261,9 @@ def _from_hf(config: Mapping[str, Any]) -> ModelConfig:
                 f"unknown config key {key!r} = {config[key]!r}; it may change the network, so it is not ignored: "
                 "remove it from config.json if you know that it does not."
             )
-    values = {name: next((config[s] for s in spellings if s in config), None) for name, spellings in _SPELLINGS.items()}
+    values: dict[str, Any] = {
+        name: next((config[s] for s in spellings if s in config), None) for name, spellings in _SPELLINGS.items()
+    }
     required = ["vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"]
     if missing := [_SPELLINGS[name][0] for name in required if values[name] is None]:
         raise InputError(f"config lacks {', '.join(missing)}; the file is incomplete, download it again.")
