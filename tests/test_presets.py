@@ -59,7 +59,7 @@ def geometry(name: str) -> ModelConfig:
     )
 
 
-GEOMETRIES = {geometry(name): name for name in NAMES}
+GEOMETRIES = {geometry(name): name for name in reversed(NAMES)}  # the shortest name of each
 
 
 def params_from_file(name: str) -> int:
