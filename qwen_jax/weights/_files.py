@@ -1,0 +1,74 @@
+"""Files that exist whole or not at all, and the progress bar that watches them grow."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from qwen_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A temporary sibling of `destination`, renamed to it when the block ends well and removed when it does not.
+
+    What a killed process left is removed by the next one that writes the same destination. Raises InputError when
+    `destination` exists, or when writing fails (a full disk).
+    """
+    if destination.exists():
+        raise InputError(f"{destination} already exists; choose another folder, or remove it first.")
+    with writing(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        for left in destination.parent.glob(f".{destination.name}.*.partial"):
+            with contextlib.suppress(BlockingIOError), _locked(left):
+                shutil.rmtree(left)
+        temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
+        temporary.mkdir()
+        try:
+            with _locked(temporary):
+                yield temporary
+                temporary.rename(destination)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process. Raises BlockingIOError when a living process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(destination: Path) -> Iterator[None]:
+    """Turns a failure to write into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        advice = "free some space, or choose another disk" if error.errno == errno.ENOSPC else "choose another place"
+        raise InputError(f"{destination} could not be written ({reason}), nothing was left there; {advice}.") from error
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, total_bytes: int, *, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with rate and time left; yields the function that advances it by a number of bytes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = [
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    ]  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
+        task = progress.add_task(description, total=total_bytes)
+        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,52 @@
+"""`qwen-jax convert`: any checkpoint to our Orbax format or to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Convert a checkpoint, streaming: memory stays small whatever the model's size."""
+
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """'default', a folder (safetensors, .bin, Orbax), a .gguf file, or a Hugging Face id."""
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """The folder to write; it must not exist yet."""
+    to: Literal["orbax", "hf"] = "orbax"
+    """Our Orbax checkpoint, or a Hugging Face folder with safetensors."""
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None
+    """Cast every weight; by default each keeps its dtype, and GGUF becomes bfloat16."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs `qwen-jax convert` with its arguments. Raises InputError on bad input."""
+    options = tyro.cli(Arguments, args=list(args), prog="qwen-jax convert")
+
+    import ml_dtypes
+    import numpy as np
+
+    from qwen_jax.errors import InputError
+    from qwen_jax.weights.checkpoint import open_checkpoint
+
+    if options.dst.exists():  # before a source may have to be downloaded
+        raise InputError(f"{options.dst} already exists; choose another folder, or remove it first.")
+    checkpoint = open_checkpoint(options.src)
+    dtype = None
+    if options.dtype:
+        dtype = np.dtype(ml_dtypes.bfloat16 if options.dtype == "bfloat16" else options.dtype)
+    if options.to == "orbax":
+        from qwen_jax.weights.orbax import save_orbax
+
+        save_orbax(checkpoint, options.dst, dtype=dtype)
+    else:
+        from qwen_jax.weights.export import save_hf
+
+        save_hf(checkpoint, options.dst, dtype=dtype)
+    print(f"{options.src} -> {options.dst} ({options.to})")
+    return 0

@@ -1,0 +1,112 @@
+"""Weights out: a Hugging Face folder that `transformers` loads, written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.weights._files import new_folder, progress_bar
+from qwen_jax.weights.checkpoint import Checkpoint, blocks
+from qwen_jax.weights.names import Leaf, leaves
+from qwen_jax.weights.stored import PLAIN_DTYPES
+
+MAX_SHARD_BYTES = 5 * 10**9
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
+
+
+def save_hf(
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = True,
+) -> None:
+    """Writes config.json, safetensors (sharded beyond `max_shard_bytes`), tokenizer and generation config to `folder`.
+
+    `dtype` casts every tensor (default: as the checkpoint says). Memory stays at one block of BLOCK_BYTES. Qwen1 keeps
+    Qwen1's names and configuration. Raises InputError when the folder exists or cannot be written.
+    """
+    plan = _plan(checkpoint, dtype)
+    shards: list[dict[str, _Tensor]] = [{}]
+    for name, tensor in plan.items():
+        if shards[-1] and sum(t.num_bytes for t in shards[-1].values()) + tensor.num_bytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    total = sum(t.num_bytes for t in plan.values())
+    count = len(shards)
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else ["model.safetensors"]
+    with new_folder(Path(folder)) as out, progress_bar("writing", total, show=progress) as advance:
+        for name, shard in zip(names, shards, strict=True):
+            with (out / name).open("wb") as file:
+                file.write(_header(shard))
+                for tensor in shard.values():
+                    for block in tensor.blocks(checkpoint):
+                        file.write(block.reshape(-1).view(np.uint8).data)
+                        advance(block.nbytes)
+        if count > 1:
+            weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(out / "model.safetensors.index.json", index)
+        stored = {tensor.dtype.name for tensor in plan.values()}
+        write_config(checkpoint, out, "float32" if len(stored) > 1 else stored.pop())
+
+
+def write_config(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
+    """Writes all of a model folder but the weights: config.json, tokenizer and generation config."""
+    write_json(folder / "config.json", checkpoint.config.to_hf() | checkpoint.hf_extra | {"torch_dtype": dtype})
+    checkpoint.write_assets(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file as `transformers` does: indented, ending in a newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class _Tensor:
+    """A tensor to be written: the pieces of leaves that make it up, in the order of their rows."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.pieces: list[tuple[Leaf, tuple[int, ...]]] = []
+        self.num_bytes = math.prod(shape) * dtype.itemsize
+
+    def blocks(self, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        for leaf, unit in sorted(self.pieces, key=lambda piece: piece[0].first_row):
+            for block in blocks(leaf.unit, self.dtype.itemsize):
+                shape = [s.stop - s.start for s in block]
+                out = np.empty([1] * len(unit) + shape, self.dtype)
+                checkpoint.read(leaf.path, (*(slice(i, i + 1) for i in unit), *block), out)
+                yield out
+
+
+def _plan(checkpoint: Checkpoint, dtype: Any) -> dict[str, _Tensor]:
+    """Every tensor of the folder in the order of the forward pass."""
+    tensors: dict[str, _Tensor] = {}
+    sections = {"embed": -1.0, "final_norm": math.inf, "lm_head": math.inf}
+    depth: dict[str, float] = {}
+    for leaf in leaves(checkpoint.config, "hf"):
+        for unit in leaf.indices():
+            name = leaf.tensor.format(*unit)
+            leaf_dtype = np.dtype(dtype) if dtype is not None else checkpoint.dtypes[leaf.path]
+            tensors.setdefault(name, _Tensor(leaf.file_shape, leaf_dtype)).pieces.append((leaf, unit))
+            depth[name] = float(unit[0]) if unit else sections[leaf.path.split("/")[0]]
+    return {name: tensors[name] for name in sorted(tensors, key=depth.__getitem__)}
+
+
+def _header(tensors: dict[str, _Tensor]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.num_bytes
+        header[name] = {"dtype": _SAFETENSORS_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,119 @@
+"""A checkpoint to JAX arrays, and JAX arrays back to a checkpoint that can be exported."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.weights._files import progress_bar
+from qwen_jax.weights.checkpoint import Checkpoint, Index, blocks
+from qwen_jax.weights.names import leaves
+
+Params = dict[str, Any]
+
+
+def load_params(
+    checkpoint: Checkpoint, dtype: Any = None, shardings: Mapping[str, Any] | None = None, *, progress: bool = True
+) -> Params:
+    """The parameter tree as jax.Arrays, layers stacked.
+
+    `dtype` casts every leaf (default: as stored; bfloat16 for GGUF). `shardings` is a tree of jax.sharding.Sharding
+    like the parameters (default: everything on the first device). Leaf by leaf, each process reads only the slices that
+    its own devices hold, so the host never holds the whole model beside them.
+    """
+    import jax
+
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    dtypes = {path: np.dtype(dtype) if dtype is not None else stored for path, stored in checkpoint.dtypes.items()}
+    total = sum(math.prod(leaf.shape) * dtypes[leaf.path].itemsize for leaf in checkpoint.leaves)
+    params: Params = {}
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool, progress_bar("loading", total, show=progress) as advance:
+        for leaf in checkpoint.leaves:
+            sharding = get_leaf(shardings, leaf.path) if shardings is not None else default
+            holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+            for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+                bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))
+                holders.setdefault(bounds, []).append(device)
+            shards = []
+            for bounds, devices in holders.items():
+                host = _read_shard(checkpoint, leaf.path, bounds, dtypes[leaf.path], pool)
+                shards += [jax.device_put(host, device) for device in devices]
+            put_leaf(params, leaf.path, jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards))
+            advance(math.prod(leaf.shape) * dtypes[leaf.path].itemsize)
+    return params
+
+
+def _read_shard(
+    checkpoint: Checkpoint, path: str, bounds: tuple[tuple[int, int], ...], dtype: np.dtype, pool: ThreadPoolExecutor
+) -> np.ndarray:
+    host = np.empty([stop - start for start, stop in bounds], dtype)
+
+    def read(block: Index) -> None:
+        index = tuple(slice(start + s.start, start + s.stop) for s, (start, _) in zip(block, bounds, strict=True))
+        checkpoint.read(path, index, host[block])
+
+    list(pool.map(read, blocks(host.shape, dtype.itemsize)))
+    return host
+
+
+class ParamsCheckpoint(Checkpoint):
+    """Parameters in memory as a Checkpoint, for exporting them; `base` gives tokenizer and generation config.
+
+    Raises InputError unless the tree is exactly that of `config`.
+    """
+
+    def __init__(self, params: Mapping[str, Any], config: ModelConfig, base: Checkpoint | None = None) -> None:
+        self.config = config
+        self.leaves = leaves(config, "hf")
+        self.hf_extra = base.hf_extra if base else {}
+        self._base = base
+        self._arrays = dict(flatten(params))
+        expected = {leaf.path: leaf.shape for leaf in self.leaves}
+        given = {path: tuple(array.shape) for path, array in self._arrays.items()}
+        if wrong := sorted(p for p in expected.keys() | given.keys() if expected.get(p) != given.get(p)):
+            path = wrong[0]
+            raise InputError(
+                f"the parameters do not fit the configuration: {path} should be {expected.get(path, 'absent')}, "
+                f"but is {given.get(path, 'absent')}."
+            )
+        self.dtypes = {path: np.dtype(array.dtype) for path, array in self._arrays.items()}
+
+    def _read(self, path: str, index: Index, out: np.ndarray) -> None:
+        out[...] = np.asarray(self._arrays[path][index])
+
+    def write_assets(self, folder: Path) -> None:
+        if self._base:
+            self._base.write_assets(folder)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(path, leaf) pairs of a nested dict, paths joined by "/"."""
+    pairs = []
+    for key, value in tree.items():
+        pairs += flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else [(prefix + key, value)]
+    return pairs
+
+
+def get_leaf(tree: Mapping[str, Any], path: str) -> Any:
+    """The leaf of a nested dict at a path such as "layers/mlp/gate/kernel"."""
+    node: Any = tree
+    for key in path.split("/"):
+        node = node[key]
+    return node
+
+
+def put_leaf(tree: dict[str, Any], path: str, leaf: Any) -> None:
+    """Sets the leaf of a nested dict at a path, making the dicts on the way."""
+    *parents, last = path.split("/")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[last] = leaf
