@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +22,9 @@ from qwen_jax.errors import InputError
 from qwen_jax.weights import gguf
 from qwen_jax.weights.names import Leaf, Style, leaves
 from qwen_jax.weights.stored import PLAIN_DTYPES, StoredTensor
+
+if TYPE_CHECKING:
+    from qwen_jax.tokenizer import Tokenizer
 
 Index = tuple[slice, ...]
 
@@ -43,6 +46,7 @@ class Checkpoint(abc.ABC):
     `hf_extra` the keys of config.json that ModelConfig does not hold (token ids).
     """
 
+    source: Path
     config: ModelConfig
     leaves: list[Leaf]
     dtypes: dict[str, np.dtype]
@@ -60,6 +64,20 @@ class Checkpoint(abc.ABC):
 
     @abc.abstractmethod
     def _read(self, path: str, index: Index, out: np.ndarray) -> None: ...
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that came with the weights. Raises InputError when there is none."""
+        from qwen_jax.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.source)
+
+    def generation_config(self) -> dict[str, Any]:
+        """The mapping of generation_config.json (token ids, sampling defaults); empty when there is none."""
+        file = self.source / "generation_config.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except ValueError as error:
+            raise InputError(f"{file} is not valid JSON ({error}); download it again.") from None
 
     @abc.abstractmethod
     def write_assets(self, folder: Path) -> None:
@@ -314,10 +332,16 @@ class GgufCheckpoint(TensorCheckpoint):
         ids = {key: id for key, id in ids.items() if id is not None}
         super().__init__(path, config, tensors, "gguf", hf_extra=ids, dtype=np.dtype(ml_dtypes.bfloat16))
 
+    def tokenizer(self) -> Tokenizer:
+        from qwen_jax.tokenizer import Tokenizer
+
+        return Tokenizer.from_gguf_metadata(self._metadata)
+
+    def generation_config(self) -> dict[str, Any]:
+        return gguf.generation_config(self.config, self._metadata)
+
     def write_assets(self, folder: Path) -> None:
         if "tokenizer.ggml.model" in self._metadata:
-            from qwen_jax.tokenizer import Tokenizer
-
-            Tokenizer.from_gguf_metadata(self._metadata).save(folder)
-        if generation := gguf.generation_config(self.config, self._metadata):
+            self.tokenizer().save(folder)
+        if generation := self.generation_config():
             (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")

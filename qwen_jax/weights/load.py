@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from qwen_jax.errors import InputError
 from qwen_jax.weights._files import progress_bar
 from qwen_jax.weights.checkpoint import Checkpoint, Index, blocks
 from qwen_jax.weights.names import leaves
+
+if TYPE_CHECKING:
+    from qwen_jax.tokenizer import Tokenizer
 
 Params = dict[str, Any]
 
@@ -68,13 +71,14 @@ def _read_shard(
 class ParamsCheckpoint(Checkpoint):
     """Parameters in memory as a Checkpoint, for exporting them; `base` gives tokenizer and generation config.
 
-    Raises InputError unless the tree is exactly that of `config`.
+    Leaves are numpy arrays or jax.Arrays of this process. Raises InputError unless the tree is exactly `config`'s.
     """
 
     def __init__(self, params: Mapping[str, Any], config: ModelConfig, base: Checkpoint | None = None) -> None:
         self.config = config
         self.leaves = leaves(config, "hf")
         self.hf_extra = base.hf_extra if base else {}
+        self.source = base.source if base else Path("parameters in memory")
         self._base = base
         self._arrays = dict(flatten(params))
         expected = {leaf.path: leaf.shape for leaf in self.leaves}
@@ -88,7 +92,31 @@ class ParamsCheckpoint(Checkpoint):
         self.dtypes = {path: np.dtype(array.dtype) for path, array in self._arrays.items()}
 
     def _read(self, path: str, index: Index, out: np.ndarray) -> None:
-        out[...] = np.asarray(self._arrays[path][index])
+        import jax
+
+        array = self._arrays[path]
+        if not isinstance(array, jax.Array):
+            out[...] = array[index]
+            return
+        for shard in array.addressable_shards:
+            held = [s.indices(n) for s, n in zip(shard.index, array.shape, strict=True)]
+            common = [(max(s.start, a), min(s.stop, b)) for s, (a, b, _) in zip(index, held, strict=True)]
+            if shard.replica_id == 0 and all(a < b for a, b in common):
+                # the starts are operands, so that one small program serves every layer
+                starts = [a - first for (a, _), (first, _, _) in zip(common, held, strict=True)]
+                piece = jax.lax.dynamic_slice(shard.data, starts, [b - a for a, b in common])
+                target = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(common, index, strict=True))
+                out[target] = np.asarray(piece)
+
+    def tokenizer(self) -> Tokenizer:
+        if not self._base:
+            raise InputError(
+                "parameters in memory have no tokenizer; give ParamsCheckpoint the base that they came from."
+            )
+        return self._base.tokenizer()
+
+    def generation_config(self) -> dict[str, Any]:
+        return self._base.generation_config() if self._base else {}
 
     def write_assets(self, folder: Path) -> None:
         if self._base:

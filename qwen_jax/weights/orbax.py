@@ -117,7 +117,7 @@ class OrbaxCheckpoint(Checkpoint):
         self.config = load_config(folder)
         self.hf_extra = read_hf_extra(folder)
         self.leaves = leaves(self.config, "hf")
-        self._folder = folder
+        self.source = folder
         try:
             metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
             stored = {"/".join(part["key"] for part in e["key_metadata"]) for e in metadata["tree_metadata"].values()}
@@ -147,4 +147,4 @@ class OrbaxCheckpoint(Checkpoint):
         out[...] = self._arrays[path][index].read().result()
 
     def write_assets(self, folder: Path) -> None:
-        copy_assets(self._folder, folder)
+        copy_assets(self.source, folder)

@@ -23,9 +23,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_random_blocks_decode_as_in_the_gguf_package(name):
     fmt = BLOCK_FORMATS[name]
-    blocks = np.random.default_rng(0).integers(
-        0, 256, (3000, fmt.block_bytes), np.uint8
-    )  # scales of every kind, NaN too
+    blocks = np.random.default_rng(0).integers(0, 256, (3000, fmt.block_bytes), np.uint8)
     out = np.empty((len(blocks), fmt.block_size), np.float32)
     with np.errstate(all="ignore"):
         fmt.decode(blocks, out)
@@ -38,9 +36,9 @@ def test_block_sizes_are_the_gguf_package_s(name):
     assert (BLOCK_FORMATS[name].block_size, BLOCK_FORMATS[name].block_bytes) == sizes
 
 
-def check_default_model(path, rows_of_each: int | None) -> None:
+def check_default_model(path, reader, rows_of_each: int | None) -> None:
     _, ours = read_gguf(path)
-    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    theirs = {tensor.name: tensor for tensor in reader.tensors}
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         stored = theirs[name]
@@ -53,10 +51,10 @@ def check_default_model(path, rows_of_each: int | None) -> None:
             assert same_bits(np.concatenate(chunks), expected), (name, start)
 
 
-def test_rows_of_every_tensor_of_the_default_model(default_gguf):
-    check_default_model(default_gguf, rows_of_each=40)
+def test_rows_of_every_tensor_of_the_default_model(default_gguf, default_reader):
+    check_default_model(default_gguf, default_reader, rows_of_each=40)
 
 
 @pytest.mark.slow
-def test_every_value_of_the_default_model(default_gguf):
-    check_default_model(default_gguf, rows_of_each=None)
+def test_every_value_of_the_default_model(default_gguf, default_reader):
+    check_default_model(default_gguf, default_reader, rows_of_each=None)

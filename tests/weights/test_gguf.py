@@ -199,9 +199,9 @@ def test_damaged_files_are_one_sentence(tmp_path):
         open_checkpoint(path)
 
 
-def test_metadata_reads_as_in_the_gguf_package(default_gguf):
+def test_metadata_reads_as_in_the_gguf_package(default_gguf, default_reader):
     ours = read_metadata(default_gguf)
-    theirs = {k: f for k, f in gguf.GGUFReader(default_gguf).fields.items() if not k.startswith("GGUF.")}
+    theirs = {k: f for k, f in default_reader.fields.items() if not k.startswith("GGUF.")}
     assert ours.keys() == theirs.keys()
     for key, field in theirs.items():
         if key.startswith("tokenizer.ggml.") and len(field.data) > 1000:  # slow to decode there: every 997th element
