@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from qwen_jax.config import ModelConfig
 
@@ -12,7 +13,7 @@ from qwen_jax.config import ModelConfig
 class Cache(flax.struct.PyTreeNode):
     """Rotated keys and values of every layer. Row b's token at position p lies in slot p of row b.
 
-    `k` and `v` are one array [L, B, S, K, h] beside stacked parameters, or a tuple of L arrays [B, S, K, h] beside
+    `k` and `v` are one array [L, B, K, S, h] beside stacked parameters, or a tuple of L arrays [B, K, S, h] beside
     unstacked ones.
     """
 
@@ -24,32 +25,35 @@ class Cache(flax.struct.PyTreeNode):
     @property
     def capacity(self) -> int:
         """Slots per row, S."""
-        return self.k[0].shape[-3]
+        return self.k[0].shape[-2]
 
     def append(
         self, layer: jax.Array | int, k: jax.Array, v: jax.Array, positions: jax.Array
     ) -> tuple[Cache, jax.Array, jax.Array]:
-        """Writes new keys and values [B, T, K, h] of one layer; returns the cache and that layer's, [B, S, K, h].
+        """Writes new keys and values [B, K, T, h] of one layer; returns the cache and that layer's, [B, K, S, h].
 
-        Positions beyond the capacity are dropped. `lengths` is the caller's to advance, once for all layers.
+        Positions [B, T] beyond the capacity are dropped. `lengths` is the caller's to advance, once for all layers.
         """
-        rows = jnp.arange(k.shape[0])[:, None]
-        if isinstance(self.k, tuple) and isinstance(self.v, tuple):
-            keys = self.k[layer].at[rows, positions].set(k, mode="drop")
-            values = self.v[layer].at[rows, positions].set(v, mode="drop")
-            new_k = (*self.k[:layer], keys, *self.k[layer + 1 :])
-            new_v = (*self.v[:layer], values, *self.v[layer + 1 :])
-            return self.replace(k=new_k, v=new_v), keys, values
-        new_k = self.k.at[layer, rows, positions].set(k, mode="drop")
-        new_v = self.v.at[layer, rows, positions].set(v, mode="drop")
-        return self.replace(k=new_k, v=new_v), new_k[layer], new_v[layer]
+        batch, num_kv_heads = k.shape[:2]
+        where = (jnp.arange(batch)[:, None, None], jnp.arange(num_kv_heads)[None, :, None], positions[:, None, :])
+
+        def write(held: jax.Array | tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array | tuple, jax.Array]:
+            if isinstance(held, tuple):
+                updated = held[layer].at[where].set(new.astype(held[layer].dtype), mode="drop")
+                return (*held[:layer], updated, *held[layer + 1 :]), updated
+            held = held.at[(layer, *where)].set(new.astype(held.dtype), mode="drop")
+            return held, held[layer]
+
+        new_k, keys = write(self.k, k)
+        new_v, values = write(self.v, v)
+        return self.replace(k=new_k, v=new_v), keys, values
 
 
 def empty_cache(
-    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, *, stacked: bool, prompt_lengths: jax.Array
+    config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike, *, stacked: bool, prompt_lengths: jax.Array
 ) -> Cache:
     """A cache with room for `capacity` tokens in each of `batch` rows; `prompt_lengths` [B] int32."""
-    shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
 
     def zeros() -> jax.Array | tuple[jax.Array, ...]:
         if stacked:
@@ -60,13 +64,17 @@ def empty_cache(
 
 
 def cache_from_prefill(
-    k: jax.Array | tuple[jax.Array, ...], v: jax.Array | tuple[jax.Array, ...], lengths: jax.Array, capacity: int
+    k: jax.Array | tuple[jax.Array, ...],
+    v: jax.Array | tuple[jax.Array, ...],
+    lengths: jax.Array,
+    capacity: int,
+    dtype: DTypeLike,
 ) -> Cache:
-    """A cache of `capacity` slots that begins with a prefill's keys and values ([L,] B, T, K, h), T <= capacity."""
+    """A cache of `capacity` slots that begins with a prefill's keys and values ([L,] B, K, T, h), T <= capacity."""
 
     def grow(x: jax.Array) -> jax.Array:
         room = [(0, 0)] * x.ndim
-        room[-3] = (0, capacity - x.shape[-3])
-        return jnp.pad(x, room)
+        room[-2] = (0, capacity - x.shape[-2])
+        return jnp.pad(x.astype(dtype), room)
 
     return Cache(jax.tree.map(grow, k), jax.tree.map(grow, v), lengths, lengths)

@@ -114,6 +114,13 @@ class ModelConfig:
             raise InputError(f"num_experts_per_tok={self.moe.top_k} must be between 1 and {self.moe.num_experts}.")
 
     @property
+    def context_length(self) -> int:
+        """Tokens that a sequence may have, prompt and answer together."""
+        if isinstance(self.rope_scaling, YarnScaling):
+            return max(self.max_position_embeddings, int(self.rope_scaling.factor * self.rope_scaling.original_length))
+        return self.max_position_embeddings
+
+    @property
     def qkv_bias(self) -> bool:
         return self.model_type in ("qwen", "qwen2", "qwen2_moe")
 

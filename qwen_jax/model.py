@@ -16,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
@@ -65,7 +66,7 @@ class Output(flax.struct.PyTreeNode):
 
     hidden: jax.Array  # [B, T, D] after the final norm
     cache: Cache | None = None
-    kv: tuple[Any, Any] | None = None  # new keys and values of all layers, stacked [L, B, T, K, h] or tuples of L
+    kv: tuple[Any, Any] | None = None  # new keys and values of all layers, stacked [L, B, K, T, h] or tuples of L
     layers: jax.Array | None = None  # [L + 1, B, T, D]: the embedding, then the residual stream after each layer
     router: RouterStats | None = None  # leading L axis
 
@@ -97,13 +98,13 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> Params:
     return params
 
 
-def init(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
+def init(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
     """Random parameters as the reports state: N(0, 0.02), norms 1, biases 0."""
     params = nn.meta.unbox(_boxed_init(config, key))
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
-def abstract(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
+def abstract(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """The parameter tree as jax.ShapeDtypeStruct leaves; nothing is computed."""
     return jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
 
@@ -137,7 +138,7 @@ def forward(
     inference_lengths: jax.Array | None = None,
     keep_kv: bool = False,
     return_layers: bool = False,
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Output:
     """Runs the network on tokens [B, T] int32.
 

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from qwen_jax.layers.linear import project
 
@@ -18,7 +19,7 @@ class Embedding(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (self.vocab_size, self.features))
 
-    def __call__(self, tokens: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    def __call__(self, tokens: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
         """Rows of the table for int tokens [...], as [..., D]."""
         return jnp.take(self.embedding, tokens, axis=0).astype(dtype or self.embedding.dtype)
 

@@ -7,7 +7,7 @@ from jax import lax
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) over the last axis in float32, cast to x's dtype and only then multiplied by the gain, as PyTorch does."""
+    """x / rms(x) over the last axis in float32, cast to x's dtype and only then multiplied by the gain (as PyTorch)."""
 
     eps: float
     axis: str

@@ -1,0 +1,78 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from infer.qwen import Qwen, Timing
+    from infer.sampling import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelArguments:
+    """Which model runs, and how exactly."""
+
+    model: str = "default"
+    """`default` (Qwen2.5-Coder-0.5B-Instruct), a local folder, a .gguf file, or a Hugging Face id."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of weights and activations."""
+
+    def load(self) -> Qwen:
+        from infer.qwen import load
+
+        return load(self.model, dtype=self.dtype, progress=sys.stderr.isatty())
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingArguments:
+    """How tokens are chosen. What is not given comes from the checkpoint's generation_config.json."""
+
+    max_tokens: int = 512
+    """Tokens an answer may have."""
+    temperature: float | None = None
+    """0 takes the likeliest token, without penalties unless given."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float | None = None
+    """Keep the likeliest tokens that together reach this probability."""
+    min_p: float | None = None
+    """Drop tokens less likely than this fraction of the likeliest."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens of the prompt and the answer less likely."""
+    presence_penalty: float | None = None
+    """Subtracted from the logits of tokens already in the answer."""
+    seed: int = 0
+    """The same seed and prompt give the same answer."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A text that ends the answer and is not part of it; may be repeated."""
+
+    def sampling(self, qwen: Qwen) -> Sampling:
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed")
+        return qwen.sampling(**{name: getattr(self, name) for name in names})
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of the accelerator, or, on CPU, of the process."""
+    import resource
+
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def closing_line(timing: Timing) -> str:
+    """Tokens, rates, time to first token and memory of one generation, for people."""
+    return (
+        f"{timing.prompt_tokens} prompt + {timing.decoded_tokens + 1} answer tokens | "
+        f"prefill {timing.prefill_rate:.1f} tok/s | decode {timing.decode_rate:.1f} tok/s | "
+        f"first token {timing.prefill_seconds:.2f} s | peak memory {peak_memory_gib():.2f} GiB"
+    )

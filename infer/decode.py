@@ -1,0 +1,177 @@
+"""Prefill and the decode loop: compiled programs over one state that stays on the device.
+
+Shapes are rounded up to powers of two (rows, prompt length, cache slots), so that few programs are ever compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from infer.sampling import NEGATIVE, SamplingRows, sample
+from qwen_jax.cache import Cache, cache_from_prefill
+from qwen_jax.config import ModelConfig
+from qwen_jax.model import Params, forward, unembed
+
+# Tokens that one call of the decode program can produce.
+MAX_STEPS = 32
+
+
+class DecodeState(flax.struct.PyTreeNode):
+    """Everything that changes from token to token. Donated to each call and returned by it."""
+
+    cache: Cache
+    tokens: jax.Array  # [B] int32, the last token of each row, not yet in the cache
+    steps: jax.Array  # [B] int32, tokens each row has produced
+    limits: jax.Array  # [B] int32, tokens each row may produce
+    done: jax.Array  # [B] bool
+    rows: SamplingRows | None  # None: every row is plain greedy
+
+
+class Produced(flax.struct.PyTreeNode):
+    """What a call gave: tokens and raw log-probabilities (of the unpenalised, untempered distribution)."""
+
+    tokens: jax.Array  # [B, n] int32
+    logprobs: jax.Array  # [B, n] float32
+    top_tokens: jax.Array  # [B, n, N] int32, the N likeliest
+    top_logprobs: jax.Array  # [B, n, N] float32
+
+
+def _choose(
+    hidden: jax.Array,
+    state: DecodeState,
+    stop_ids: jax.Array,
+    *,
+    config: ModelConfig,
+    params: Params,
+    vocab_size: int,
+    num_top: int,
+) -> tuple[DecodeState, tuple[jax.Array, ...]]:
+    """Turns hidden states [B, D] into each row's next token and what is reported of it."""
+    logits = unembed(config, params, hidden)  # [B, V]
+    # rows of the table beyond the tokenizer are padding: they have logits but no text
+    logits = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab_size, logits, NEGATIVE)
+    token = jnp.argmax(logits, -1).astype(jnp.int32) if state.rows is None else sample(logits, state.rows, state.steps)
+    logprobs = jax.nn.log_softmax(logits)
+    top_logprobs, top_tokens = lax.top_k(logprobs, num_top) if num_top else (logprobs[:, :0], logprobs[:, :0])
+    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    steps = state.steps + 1
+    stopped = jnp.any(token[:, None] == stop_ids[None], axis=-1) | (steps >= state.limits)
+    state = state.replace(
+        tokens=token,
+        steps=jnp.where(state.done, state.steps, steps),
+        done=state.done | stopped,
+        rows=None if state.rows is None else state.rows.record(token),
+    )
+    return state, (token, chosen, top_tokens.astype(jnp.int32), top_logprobs)
+
+
+_STATIC = ("config", "vocab_size", "num_top")
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "capacity", "cache_dtype"))
+def prefill(
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    limits: jax.Array,
+    rows: SamplingRows | None,
+    stop_ids: jax.Array,
+    *,
+    config: ModelConfig,
+    vocab_size: int,
+    num_top: int,
+    capacity: int,
+    cache_dtype: DTypeLike | None = None,
+) -> tuple[DecodeState, Produced]:
+    """Reads prompts, right-padded to [B, T], of true `lengths` [B], and chooses the first token of each answer.
+
+    The cache gets `capacity` slots per row, in `cache_dtype` (default: the activations').
+    """
+    out = forward(config, params, tokens, inference_lengths=lengths, keep_kv=True)
+    cache = cache_from_prefill(*out.kv, lengths, capacity, cache_dtype or out.hidden.dtype)
+    last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    zeros = jnp.zeros_like(lengths)
+    state = DecodeState(cache, zeros, zeros, limits, limits <= 0, rows)
+    state, produced = _choose(
+        last, state, stop_ids, config=config, params=params, vocab_size=vocab_size, num_top=num_top
+    )
+    return state, Produced(*(x[:, None] for x in produced))
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def decode(
+    params: Params,
+    state: DecodeState,
+    num_steps: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    config: ModelConfig,
+    vocab_size: int,
+    num_top: int,
+) -> tuple[DecodeState, Produced, jax.Array]:
+    """Up to `num_steps` <= MAX_STEPS more tokens for every row, stopping early once all are done.
+
+    Returns the state, the tokens (rows that were done already repeat themselves) and how many steps were taken.
+    """
+    batch = state.tokens.shape[0]
+    buffers = Produced(
+        tokens=jnp.zeros((batch, MAX_STEPS), jnp.int32),
+        logprobs=jnp.zeros((batch, MAX_STEPS)),
+        top_tokens=jnp.zeros((batch, MAX_STEPS, num_top), jnp.int32),
+        top_logprobs=jnp.zeros((batch, MAX_STEPS, num_top)),
+    )
+
+    def unfinished(carry: tuple[jax.Array, DecodeState, Produced]) -> jax.Array:
+        step, state, _ = carry
+        return (step < num_steps) & ~jnp.all(state.done)
+
+    def one(carry: tuple[jax.Array, DecodeState, Produced]) -> tuple[jax.Array, DecodeState, Produced]:
+        step, state, buffers = carry
+        # Keeps XLA from hoisting conversions of whole weights out of the loop (on CPU a float32 copy of the embedding)
+        weights, tokens = lax.optimization_barrier((params, state.tokens))
+        out = forward(config, weights, tokens[:, None], cache=state.cache)
+        state = state.replace(cache=out.cache.replace(lengths=out.cache.lengths + 1))
+        state, produced = _choose(
+            out.hidden[:, 0], state, stop_ids, config=config, params=weights, vocab_size=vocab_size, num_top=num_top
+        )
+        buffers = jax.tree.map(lambda buffer, new: buffer.at[:, step].set(new), buffers, Produced(*produced))
+        return step + 1, state, buffers
+
+    steps, state, buffers = lax.while_loop(unfinished, one, (jnp.int32(0), state, buffers))
+    return state, buffers, steps
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def widen(state: DecodeState, rows: int) -> DecodeState:
+    """The state with finished filler rows appended, where a backend decodes more rows faster than fewer."""
+    filler = rows - state.tokens.shape[0]
+    state = jax.tree.map(lambda x: jnp.pad(x, [(0, filler)] + [(0, 0)] * (x.ndim - 1)), state)
+    return state.replace(done=state.done.at[state.done.shape[0] - filler :].set(True))
+
+
+def bucket(size: int, smallest: int = 1) -> int:
+    """The power of two, at least `smallest`, that holds `size`."""
+    return max(smallest, 1 << (size - 1).bit_length())
+
+
+def half_bucket(size: int, smallest: int) -> int:
+    """As `bucket`, with the steps halfway between two powers as well: where computing on padding costs more."""
+    whole = bucket(size, smallest)
+    return whole * 3 // 4 if size <= whole * 3 // 4 and whole > smallest else whole
+
+
+def pad_prompts(prompts: list[list[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids right-padded to [rows, length], and true lengths [rows]; rows beyond the prompts hold one token."""
+    tokens = np.zeros((rows, length), np.int32)
+    lengths = np.ones(rows, np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)] = prompt
+        lengths[i] = len(prompt)
+    return tokens, lengths

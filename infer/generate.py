@@ -1,0 +1,74 @@
+"""`qwen-jax generate`: answers to prompts from the command line or standard input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from infer.arguments import ModelArguments, SamplingArguments, closing_line
+from qwen_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(ModelArguments):
+    """Answers prompts. A chat model gets each prompt as a user's message, a base model continues it."""
+
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """The prompts, decoded together; without any, one is read from standard input."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingArguments] = dataclasses.field(default_factory=SamplingArguments)
+    system: str | None = None
+    """A system message, for chat models."""
+    raw: bool = False
+    """Continue the prompt as it stands, without a chat template."""
+    logprobs: int | None = None
+    """With --json: report each token's log-probability and this many likeliest alternatives."""
+    json: bool = False
+    """Print one JSON object per prompt instead of text."""
+
+
+def main(argv: Sequence[str]) -> int:
+    options = tyro.cli(Arguments, args=argv, prog="qwen-jax generate")
+    prompts = list(options.prompts) or [sys.stdin.read()]
+    if not all(prompt.strip() for prompt in prompts):
+        raise InputError("the prompt is empty; give one as an argument or on standard input.")
+    if options.logprobs is not None and not 0 <= options.logprobs <= 20:
+        raise InputError(f"--logprobs {options.logprobs} is not possible; it must be between 0 and 20.")
+    qwen = options.load()
+    as_chat = qwen.is_chat_model and not options.raw
+    if options.system and not as_chat:
+        raise InputError("--system needs a chat model and no --raw; put the text into the prompt instead.")
+    before = [{"role": "system", "content": options.system}] if options.system else []
+    ids = [
+        qwen.chat_prompt([*before, {"role": "user", "content": prompt}]) if as_chat else qwen.tokenizer.encode(prompt)
+        for prompt in prompts
+    ]
+    settings = options.sampling
+    stream = qwen.stream(
+        ids,
+        settings.sampling(qwen),
+        max_tokens=settings.max_tokens,
+        stop=settings.stop,
+        top_logprobs=options.logprobs or 0,
+    )
+    streaming = len(prompts) == 1 and not options.json
+    for _, text in stream:
+        if streaming:
+            print(text, end="", flush=True)
+    if streaming:
+        print()
+    for prompt, answer in zip(prompts, stream.answers, strict=True):
+        if options.json:
+            record = {"prompt": prompt} | dataclasses.asdict(answer)
+            if options.logprobs is None:
+                del record["logprobs"], record["top_logprobs"]
+            timing = dataclasses.asdict(stream.timing)
+            print(json.dumps(record | {"timing": timing}, ensure_ascii=False))
+        elif not streaming:
+            print(f"> {prompt}\n{answer.text}\n")
+    if sys.stderr.isatty():
+        print(closing_line(stream.timing), file=sys.stderr)
+    return 0

@@ -1,0 +1,304 @@
+"""A loaded model that answers: text in, text out, streaming or whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from infer.decode import MAX_STEPS, DecodeState, Produced, bucket, decode, half_bucket, pad_prompts, prefill, widen
+from infer.sampling import Sampling, SamplingRows
+from qwen_jax import chat
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.model import Params, unstack
+from qwen_jax.tokenizer import Tokenizer, check_tokenizer
+from qwen_jax.weights.checkpoint import open_checkpoint
+from qwen_jax.weights.default_model import cache_folder
+from qwen_jax.weights.load import load_params
+
+# Tokens between two looks at what the device has produced, while somebody reads along.
+STREAM_STEPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What is chosen per platform, in one place; the measurements are in docs/performance.md."""
+
+    cache_dtype: DTypeLike | None  # None: as the activations
+    min_decode_rows: int
+
+    @classmethod
+    def of(cls, platform: str, dtype: DTypeLike) -> Backend:
+        if platform == "cpu":
+            # XLA:CPU copies a whole bfloat16 cache to update it, and multiplies a single bfloat16 row without AMX
+            return cls(cache_dtype=jnp.dtype(jnp.float32), min_decode_rows=2 if dtype == jnp.bfloat16 else 1)
+        # a TPU's matrix unit works on 8 rows at a time
+        return cls(cache_dtype=None, min_decode_rows=8 if platform == "tpu" else 1)
+
+
+@dataclasses.dataclass
+class Answer:
+    """One prompt's answer, growing while it is generated. `tokens` ends with the stop id if there was one; `text` not."""
+
+    prompt_tokens: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    """Of each token under the model's own distribution, before penalties, temperature and truncation."""
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds of wall time. Prefill ends with the first token, so its seconds are the time to first token."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decoded_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Qwen:
+    """Configuration, parameters and tokenizer of one model, with the programs that run it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer,
+        generation_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`params` with layers stacked are taken over: they are unstacked and must not be used afterwards."""
+        check_tokenizer(tokenizer, config)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.generation_config = dict(generation_config or {})
+        self.params = params if isinstance(params["layers"], tuple) else unstack(params)
+        self.backend = Backend.of(jax.default_backend(), self.params["embed"]["embedding"].dtype)
+        self._generation = chat.generation_of(config, tokenizer)
+        self.chat_template = tokenizer.chat_template or chat.default_template(self._generation)
+
+    # --- defaults of the checkpoint -----------------------------------------------------------------------------------
+
+    @property
+    def is_chat_model(self) -> bool:
+        """Whether the checkpoint says that its texts end with a turn, as chat models do."""
+        return self.tokenizer.special_tokens.get("<|im_end|>") in self._eos_ids
+
+    @property
+    def _eos_ids(self) -> tuple[int, ...]:
+        declared = self.generation_config.get("eos_token_id", ())
+        declared = (declared,) if isinstance(declared, int) else tuple(declared)
+        return tuple(dict.fromkeys((*declared, *self.tokenizer.eos_ids)))
+
+    def sampling(self, **changes: Any) -> Sampling:
+        """The checkpoint's own generation settings with `changes`; temperature=0 is greedy and without penalties."""
+        declared = self.generation_config
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        settings = {name: declared[name] for name in names if declared.get(name) is not None}
+        if not declared.get("do_sample", False):
+            settings["temperature"] = 0.0
+        settings.setdefault("temperature", 1.0)
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if changes.get("temperature") == 0:
+            settings.pop("repetition_penalty", None)
+        return Sampling(**(settings | changes))
+
+    # --- prompts ------------------------------------------------------------------------------------------------------
+
+    def chat_prompt(self, messages: str | Sequence[Mapping[str, Any]], **template_kwargs: Any) -> list[int]:
+        """Token ids of a conversation (or of one user message) up to where the assistant answers."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.tokenizer.encode(chat.render(messages, template=self.chat_template, **template_kwargs))
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], *, max_tokens: int = 512, **changes: Any) -> str:
+        """The assistant's answer to a conversation, or to one user message; `changes` are Sampling's fields."""
+        prompt = self.chat_prompt(messages)
+        return self.generate([prompt], self.sampling(**changes), max_tokens=max_tokens)[0].text
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None, **kwargs: Any
+    ) -> list[Answer]:
+        """Whole answers to prompts, decoded together; arguments as `stream`."""
+        stream = self.stream(prompts, sampling, steps=MAX_STEPS, **kwargs)
+        for _ in stream:
+            pass
+        return stream.answers
+
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        max_tokens: int = 512,
+        stop: Sequence[str] = (),
+        top_logprobs: int = 0,
+        steps: int = STREAM_STEPS,
+    ) -> Stream:
+        """Starts answering prompts (raw text or token ids); iterate to get (row, text) pieces as they come.
+
+        sampling: one for all or one each; default the checkpoint's own. stop: texts that end an answer and are not part
+        of it. top_logprobs: report the likeliest tokens at each position. steps: tokens between two pieces, at most 32.
+        Raises InputError when a prompt is empty or does not fit the context.
+        """
+        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        samplings = [sampling or self.sampling()] * len(ids) if not isinstance(sampling, Sequence) else list(sampling)
+        if not ids or len(samplings) != len(ids):
+            raise InputError(
+                f"{len(ids)} prompts and {len(samplings)} samplings; give at least one prompt, a sampling each."
+            )
+        if max_tokens < 1:
+            raise InputError(f"max_tokens={max_tokens} leaves nothing to generate; it must be at least 1.")
+        context = self.config.context_length
+        for prompt in ids:
+            if not prompt:
+                raise InputError("a prompt is empty; give it at least one token.")
+            if len(prompt) >= context:
+                raise InputError(
+                    f"a prompt of {len(prompt)} tokens does not fit the context of {context}; shorten it, or extend the "
+                    "context with rope_scaling in config.json."
+                )
+        return Stream(self, ids, samplings, max_tokens, tuple(stop), top_logprobs, min(steps, MAX_STEPS))
+
+
+class Stream:
+    """A running generation. Iterating yields (row, new text); `answers` and `timing` fill meanwhile."""
+
+    def __init__(
+        self,
+        qwen: Qwen,
+        prompts: list[list[int]],
+        samplings: list[Sampling],
+        max_tokens: int,
+        stop: tuple[str, ...],
+        num_top: int,
+        steps: int,
+    ) -> None:
+        self.answers = [Answer(len(prompt)) for prompt in prompts]
+        self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
+        self._qwen, self._prompts, self._samplings = qwen, prompts, samplings
+        self._stop, self._steps = stop, steps
+        self._limits = [min(max_tokens, qwen.config.context_length - len(prompt)) for prompt in prompts]
+        self._decoders = [qwen.tokenizer.stream(skip_special=True) for _ in prompts]
+        self._held = [""] * len(prompts)  # text that may yet turn out to be the beginning of a stop text
+        self._stop_ids = np.asarray(qwen._eos_ids, np.int32)
+        self._static = {"config": qwen.config, "vocab_size": len(qwen.tokenizer), "num_top": num_top}
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        began = time.perf_counter()
+        state, produced = self._prefill()
+        tokens = np.asarray(produced.tokens)
+        self.timing.prefill_seconds = time.perf_counter() - began
+        yield from self._take(produced, tokens.shape[1])
+        rows = max(state.tokens.shape[0], self._qwen.backend.min_decode_rows)
+        if rows != state.tokens.shape[0]:
+            state = widen(state, rows)
+        while not all(answer.finish_reason for answer in self.answers):
+            before = sum(len(answer.tokens) for answer in self.answers)
+            began = time.perf_counter()
+            finished = np.array([bool(a.finish_reason) for a in self.answers] + [True] * (rows - len(self.answers)))
+            state, produced, steps = decode(
+                self._qwen.params,
+                state.replace(done=finished),
+                np.int32(self._steps),
+                self._stop_ids,
+                **self._static,
+            )
+            count = int(steps)
+            self.timing.decode_seconds += time.perf_counter() - began
+            yield from self._take(produced, count)
+            self.timing.decoded_tokens += sum(len(answer.tokens) for answer in self.answers) - before
+
+    def _prefill(self) -> tuple[DecodeState, Produced]:
+        config, rows = self._qwen.config, bucket(len(self._prompts))
+        longest = max(map(len, self._prompts))
+        length = min(half_bucket(longest, 32), config.context_length)
+        needed = max(len(p) + limit for p, limit in zip(self._prompts, self._limits, strict=True))
+        tokens, lengths = pad_prompts(self._prompts, rows, length)
+        filler = rows - len(self._prompts)
+        sampling_rows = None
+        if not all(s.is_plain_greedy for s in self._samplings):
+            sampling_rows = SamplingRows.create(
+                self._samplings + [Sampling()] * filler, self._prompts + [[0]] * filler, config.vocab_size
+            )
+        return prefill(
+            self._qwen.params,
+            tokens,
+            lengths,
+            np.array(self._limits + [0] * filler, np.int32),
+            sampling_rows,
+            self._stop_ids,
+            capacity=max(half_bucket(needed, 256), length),
+            cache_dtype=self._qwen.backend.cache_dtype,
+            **self._static,
+        )
+
+    def _take(self, produced: Produced, count: int) -> Iterator[tuple[int, str]]:
+        """Adds `count` columns of new tokens to the unfinished answers and yields what can be shown of them."""
+        columns = jax.tree.map(lambda x: np.asarray(x[:, :count]).tolist(), produced)
+        for row, answer in enumerate(self.answers):
+            for i in range(count):
+                if answer.finish_reason:
+                    break
+                answer.tokens.append(columns.tokens[row][i])
+                answer.logprobs.append(columns.logprobs[row][i])
+                if columns.top_tokens[row][i]:
+                    pairs = zip(columns.top_tokens[row][i], columns.top_logprobs[row][i], strict=True)
+                    answer.top_logprobs.append(list(pairs))
+                if piece := self._accept(row, answer):
+                    answer.text += piece
+                    yield row, piece
+
+    def _accept(self, row: int, answer: Answer) -> str:
+        """The text that the newest token settles, which may end the answer."""
+        token = answer.tokens[-1]
+        text = self._held[row]
+        if token in self._stop_ids:
+            answer.finish_reason = "stop"
+        else:
+            text += self._decoders[row].add(token)
+            if len(answer.tokens) >= self._limits[row]:
+                answer.finish_reason = "length"
+        if answer.finish_reason:
+            text += self._decoders[row].flush()
+        found = [at for mark in self._stop if (at := text.find(mark)) >= 0]
+        if found:
+            answer.finish_reason, self._held[row] = "stop", ""
+            return text[: min(found)]
+        keep = 0
+        if not answer.finish_reason:
+            keep = max((n for mark in self._stop for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
+        self._held[row] = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def load(model: str | Path = "default", *, dtype: str = "bfloat16", progress: bool = True) -> Qwen:
+    """Loads "default", a local folder, a .gguf file or a Hugging Face id, with compiled programs cached between runs."""
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise InputError(f"dtype {dtype!r} is not possible; use bfloat16, float16 or float32.")
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+    checkpoint = open_checkpoint(model)
+    tokenizer = checkpoint.tokenizer()
+    params = load_params(checkpoint, jnp.dtype(dtype), progress=progress)
+    return Qwen(checkpoint.config, params, tokenizer, checkpoint.generation_config())
