@@ -135,7 +135,8 @@ def decode(
     def one(carry: tuple[jax.Array, DecodeState, Produced]) -> tuple[jax.Array, DecodeState, Produced]:
         step, state, buffers = carry
         # Keeps XLA from hoisting conversions of whole weights out of the loop (on CPU a float32 copy of the embedding)
-        weights, tokens = lax.optimization_barrier((params, state.tokens))
+        embed, tokens = lax.optimization_barrier((params["embed"], state.tokens))
+        weights = params | {"embed": embed}
         out = forward(config, weights, tokens[:, None], cache=state.cache)
         state = state.replace(cache=out.cache.replace(lengths=out.cache.lengths + 1))
         state, produced = _choose(
