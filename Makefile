@@ -28,7 +28,7 @@ lint: $(VENV)/.dev  ## format, style, types and import rules
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev  ## measure beside peers, one table
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench.cpu
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -150,9 +150,10 @@ def forward(
     the embedding's.
     """
     num_tokens = tokens.shape[1]
-    if config.dual_chunk and max(num_tokens, cache.capacity if cache else 0) > config.dual_chunk.chunk_length:
+    longest = num_tokens if cache is None else cache.capacity
+    if config.dual_chunk and longest > config.dual_chunk.chunk_length:
         raise InputError(
-            f"{max(num_tokens, cache.capacity if cache else 0)} tokens need Dual Chunk Attention, which is not there yet; "
+            f"{longest} tokens need Dual Chunk Attention, which is not there yet; "
             f"up to {config.dual_chunk.chunk_length} it equals plain attention."
         )
     if positions is None:
@@ -160,7 +161,8 @@ def forward(
         positions = jnp.broadcast_to(start + jnp.arange(num_tokens)[None], tokens.shape)
     lengths = cache.prompt_lengths if cache is not None else inference_lengths
     key_positions = positions if cache is None else jnp.arange(cache.capacity)[None]
-    spec = AttentionSpec(positions, key_positions, segment_ids, segment_ids if cache is None else None)
+    key_segments = segment_ids if cache is None else None
+    spec = AttentionSpec(positions, key_positions, segment_ids, key_segments, same_tokens=cache is None)
     tables = rotary_tables(config, positions, lengths)
     query_scale = logn_scale(config, positions, lengths)
     is_token = None if segment_ids is None else segment_ids != 0

@@ -12,8 +12,10 @@ from qwen_jax.layers.linear import Linear, residual_std
 from qwen_jax.layers.norm import RMSNorm
 from qwen_jax.layers.rope import rotate
 
-# Queries attended at once: bounds the [B, H, T, S] scores that the plain computation holds.
+# Long prompts attend in blocks of queries, which bounds the [B, H, T, S] scores that the plain computation holds.
 QUERY_BLOCK = 512
+# Shorter ones in at most this many blocks, of at least this many queries, each reading only the keys up to its end.
+CAUSAL_BLOCKS, SMALLEST_BLOCK = 8, 64
 
 
 class AttentionSpec(flax.struct.PyTreeNode):
@@ -24,6 +26,8 @@ class AttentionSpec(flax.struct.PyTreeNode):
     query_segments: jax.Array | None = None  # [B, T]
     key_segments: jax.Array | None = None  # [B, S]
     window: jax.Array | int | None = None
+    # whether key i is query i's own token, so that no query sees a key further along than itself
+    same_tokens: bool = flax.struct.field(pytree_node=False, default=False)
 
     def mask(self) -> jax.Array:
         """bool [B, T, S]."""
@@ -35,6 +39,16 @@ class AttentionSpec(flax.struct.PyTreeNode):
             seen &= key > query - self.window
         return seen
 
+    def block(self, start: int, stop: int) -> "AttentionSpec":
+        """For queries [start, stop) and the keys before `stop`."""
+        queries, keys = slice(start, stop), slice(0, stop)
+        return self.replace(
+            query_positions=self.query_positions[:, queries],
+            key_positions=self.key_positions[:, keys],
+            query_segments=None if self.query_segments is None else self.query_segments[:, queries],
+            key_segments=None if self.key_segments is None else self.key_segments[:, keys],
+        )
+
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
     """softmax(q k^T / sqrt(h)) v with float32 scores; q [B, T, H, h], k and v [B, K, S, h] as caches hold them.
@@ -42,8 +56,15 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> 
     Returns [B, T, H, h] in q's dtype.
     """
     num_queries = q.shape[1]
+    if spec.same_tokens and num_queries <= CAUSAL_BLOCKS * QUERY_BLOCK:
+        size = max(SMALLEST_BLOCK, -(-num_queries // CAUSAL_BLOCKS))
+        out = [
+            _attend(q[:, i : i + size], k[:, :, : i + size], v[:, :, : i + size], spec.block(i, i + size))
+            for i in range(0, num_queries, size)
+        ]
+        return jnp.concatenate(out, axis=1)
     if num_queries <= QUERY_BLOCK or num_queries % QUERY_BLOCK:
-        return _attend(q, k, v, spec).astype(q.dtype)
+        return _attend(q, k, v, spec)
 
     def blocks(x: jax.Array | None) -> jax.Array | None:
         if x is None:
@@ -52,14 +73,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> 
 
     def one(block: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         query, positions, segments = block
-        return _attend(query, k, v, spec.replace(query_positions=positions, query_segments=segments)).astype(q.dtype)
+        return _attend(query, k, v, spec.replace(query_positions=positions, query_segments=segments))
 
     out = lax.map(one, (blocks(q), blocks(spec.query_positions), blocks(spec.query_segments)))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
-    batch, num_queries, num_heads, head_dim = q.shape
+    (batch, num_queries, num_heads, head_dim), dtype = q.shape, q.dtype
     num_kv_heads = k.shape[1]
     groups = num_heads // num_kv_heads  # query head i reads key/value head i // G
     # One batched matrix product each way, with no transposed result: the order XLA:CPU runs fastest.
@@ -68,11 +89,15 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> ja
     scores = jnp.einsum("bkqh,bksh->bkqs", q.astype(k.dtype), k, preferred_element_type=jnp.float32) * head_dim**-0.5
     scores = scores.reshape(batch, num_kv_heads, groups, num_queries, -1)
     seen = spec.mask()[:, None, None]  # [B, 1, 1, T, S]
-    probs = nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    probs = probs.reshape(batch, num_kv_heads, groups * num_queries, -1)
-    out = jnp.einsum("bkqs,bksh->bkqh", probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    # normalised after the second product, which has fewer elements than the weights
+    total = jnp.sum(weights, axis=-1).reshape(batch, num_kv_heads, groups * num_queries, 1)
+    weights = weights.reshape(batch, num_kv_heads, groups * num_queries, -1)
+    out = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
     out = out.reshape(batch, num_kv_heads, groups, num_queries, head_dim)
-    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, num_queries, num_heads, head_dim)
+    out = jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, num_queries, num_heads, head_dim)
+    return out.astype(dtype)
 
 
 class Attention(nn.Module):

@@ -7,17 +7,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Rows of x up to which the kernel is the left operand, see `project`.
+FEW_ROWS = 64
+
 
 def project(kernel: jax.Array, x: jax.Array, num_in: int = 1) -> jax.Array:
     """Sums `kernel[*out, *in] * x[*batch, *in]` over the last `num_in` axes; float32 result [*batch, *out].
 
-    The kernel is the left operand because XLA:CPU then streams it at memory bandwidth in bfloat16 (docs/performance.md);
-    other backends choose the order themselves.
+    One plain matrix product. For few rows of x the kernel is the left operand, because XLA:CPU then streams it at
+    memory bandwidth, and the right one for many (docs/performance.md); other backends choose the order themselves.
     """
-    num_out, num_batch = kernel.ndim - num_in, x.ndim - num_in
-    contract = (tuple(range(num_out, kernel.ndim)), tuple(range(num_batch, x.ndim)))
-    y = lax.dot_general(kernel, x, (contract, ((), ())), preferred_element_type=jnp.float32)
-    return jnp.transpose(y, (*range(num_out, num_out + num_batch), *range(num_out)))
+    out_shape, batch_shape = kernel.shape[: kernel.ndim - num_in], x.shape[: x.ndim - num_in]
+    matrix = kernel.reshape(math.prod(out_shape), -1)  # [out, in]
+    rows = x.reshape(math.prod(batch_shape), -1)  # [rows, in]
+    contract = (((1,), (1,)), ((), ()))
+    if rows.shape[0] <= FEW_ROWS:
+        y = lax.dot_general(matrix, rows, contract, preferred_element_type=jnp.float32).T
+    else:
+        y = lax.dot_general(rows, matrix, contract, preferred_element_type=jnp.float32)
+    return y.reshape(*batch_shape, *out_shape)
 
 
 class Linear(nn.Module):

@@ -12,8 +12,8 @@ from qwen_jax.config import DynamicNtkScaling, LinearScaling, ModelConfig, YarnS
 def inverse_frequencies(config: ModelConfig, lengths: jax.Array | None = None) -> tuple[jax.Array, float]:
     """Angle per position of each pair of the head, float32 [1 or B, h/2], and the factor on both cos and sin.
 
-    `lengths` [B] int32 are the sequences' true lengths at prefill, which Qwen1's dynamic NTK looks at; None is training,
-    where it is off.
+    `lengths` [B] int32 are the sequences' true lengths at prefill, which Qwen1's dynamic NTK looks at; None is
+    training, where it is off.
     """
     scaling, half = config.rope_scaling, config.head_dim // 2
     exponents = np.arange(half, dtype=np.float32) / half
