@@ -66,9 +66,7 @@ def _print(rates: dict[str, dict[str, dict[str, float]]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        box=None, header_style="bold", title=f"tokens per second, {os.cpu_count()} cores", title_justify="left"
-    )
+    table = Table(box=None, header_style="bold", title=f"tok/s on {os.cpu_count()} cores", title_justify="left")
     table.add_column("measurement")
     for heading in ("dtype", "ours", "transformers", "ratio"):
         table.add_column(heading, justify="right")
