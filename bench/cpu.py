@@ -2,8 +2,8 @@
 
 Both sides run in turn, each in its own process, on the same weights and the same text: a prompt of 512 tokens, then
 greedy tokens with a KV cache, for one sequence and for eight. `transformers` runs as it is fastest here: SDPA
-attention, inference mode, logits of the last position only, as many threads as cores. Rates are the best of the repetitions, so
-that other work on the machine disturbs both sides least; read the ratios, not the rates.
+attention, inference mode, logits of the last position only, as many threads as cores. Rates are the best of the
+repetitions, so that other work on the machine disturbs both sides least; read the ratios, not the rates.
 """
 
 from __future__ import annotations

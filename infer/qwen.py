@@ -46,7 +46,7 @@ class Backend:
 
 @dataclasses.dataclass
 class Answer:
-    """One prompt's answer, growing while it is generated. `tokens` ends with the stop id if there was one; `text` not."""
+    """One prompt's answer, growing while it is generated. `tokens` may end with a stop id, `text` does not."""
 
     prompt_tokens: int
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -175,8 +175,8 @@ class Qwen:
                 raise InputError("a prompt is empty; give it at least one token.")
             if len(prompt) >= context:
                 raise InputError(
-                    f"a prompt of {len(prompt)} tokens does not fit the context of {context}; shorten it, or extend the "
-                    "context with rope_scaling in config.json."
+                    f"a prompt of {len(prompt)} tokens does not fit the context of {context}; shorten it, or "
+                    "extend the context with rope_scaling in config.json."
                 )
         return Stream(self, ids, samplings, max_tokens, tuple(stop), top_logprobs, min(steps, MAX_STEPS))
 
@@ -293,7 +293,7 @@ class Stream:
 
 
 def load(model: str | Path = "default", *, dtype: str = "bfloat16", progress: bool = True) -> Qwen:
-    """Loads "default", a local folder, a .gguf file or a Hugging Face id, with compiled programs cached between runs."""
+    """Loads "default", a local folder, a .gguf file or a Hugging Face id; caches compiled programs."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise InputError(f"dtype {dtype!r} is not possible; use bfloat16, float16 or float32.")
     if jax.config.jax_compilation_cache_dir is None:

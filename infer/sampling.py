@@ -1,4 +1,4 @@
-"""From logits to the next token: penalties, temperature, top-k, top-p, min-p, seeds; in that order, as transformers does."""
+"""From logits to the next token: penalties, temperature, top-k, top-p, min-p, in transformers' order; seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEGATIVE = jnp.finfo(jnp.float32).min
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How one sequence is sampled. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and both penalties' defaults are off."""
+    """How one sequence is sampled. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and the penalties' defaults are off."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -92,7 +92,7 @@ def penalise(logits: jax.Array, rows: SamplingRows) -> jax.Array:
 def truncate(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     """Removes what top-k, top-p and min-p exclude from logits [B, V], setting it to the lowest float.
 
-    top-p keeps the smallest set of most likely tokens whose probability (after top-k) reaches p; ties at a boundary stay.
+    top-p keeps the fewest most likely tokens whose probability (after top-k) reaches p; ties at a boundary stay.
     """
     vocab_size = logits.shape[-1]
     top_k = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab_size), vocab_size)

@@ -57,7 +57,7 @@ class Experts(nn.Module):
 
 
 class Moe(nn.Module):
-    """top-k routed experts, plus the shared expert, where there is one, behind its sigmoid gate (Qwen2 report, eq. 1-2)."""
+    """top-k routed experts, plus the shared expert behind its sigmoid gate if there is one (Qwen2 report, eq. 1-2)."""
 
     moe: MoeConfig
     hidden_size: int
