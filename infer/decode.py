@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from infer.sampling import NEGATIVE, SamplingRows, sample
+from infer.sampling import SamplingRows, sample
 from qwen_jax.cache import Cache, cache_from_prefill
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Params, forward, unembed
@@ -56,7 +56,7 @@ def _choose(
     """Turns hidden states [B, D] into each row's next token and what is reported of it."""
     logits = unembed(config, params, hidden)  # [B, V]
     # rows of the table beyond the tokenizer are padding: they have logits but no text
-    logits = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab_size, logits, NEGATIVE)
+    logits = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab_size, logits, -jnp.inf)
     token = jnp.argmax(logits, -1).astype(jnp.int32) if state.rows is None else sample(logits, state.rows, state.steps)
     logprobs = jax.nn.log_softmax(logits)
     top_logprobs, top_tokens = lax.top_k(logprobs, num_top) if num_top else (logprobs[:, :0], logprobs[:, :0])
@@ -94,13 +94,12 @@ def prefill(
 
     The cache gets `capacity` slots per row, in `cache_dtype` (default: the activations').
     """
-    out = forward(config, params, tokens, inference_lengths=lengths, keep_kv=True)
+    out = forward(config, params, tokens, inference_lengths=lengths, keep_kv=True, only=lengths - 1)
     cache = cache_from_prefill(*out.kv, lengths, capacity, cache_dtype or out.hidden.dtype)
-    last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
     zeros = jnp.zeros_like(lengths)
     state = DecodeState(cache, zeros, zeros, limits, limits <= 0, rows)
     state, produced = _choose(
-        last, state, stop_ids, config=config, params=params, vocab_size=vocab_size, num_top=num_top
+        out.hidden[:, 0], state, stop_ids, config=config, params=params, vocab_size=vocab_size, num_top=num_top
     )
     return state, Produced(*(x[:, None] for x in produced))
 
@@ -151,9 +150,12 @@ def decode(
 
 @functools.partial(jax.jit, static_argnames="rows")
 def widen(state: DecodeState, rows: int) -> DecodeState:
-    """The state with finished filler rows appended, where a backend decodes more rows faster than fewer."""
+    """The state with finished filler rows appended, where a backend decodes more rows faster than fewer.
+
+    They repeat the last row: rows of zeros would divide by a repetition penalty of 0.
+    """
     filler = rows - state.tokens.shape[0]
-    state = jax.tree.map(lambda x: jnp.pad(x, [(0, filler)] + [(0, 0)] * (x.ndim - 1)), state)
+    state = jax.tree.map(lambda x: jnp.pad(x, [(0, filler)] + [(0, 0)] * (x.ndim - 1), mode="edge"), state)
     return state.replace(done=state.done.at[state.done.shape[0] - filler :].set(True))
 
 

@@ -152,13 +152,15 @@ class Qwen:
         *,
         max_tokens: int = 512,
         stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
         top_logprobs: int = 0,
         steps: int = STREAM_STEPS,
     ) -> Stream:
         """Starts answering prompts (raw text or token ids); iterate to get (row, text) pieces as they come.
 
         sampling: one for all or one each; default the checkpoint's own. stop: texts that end an answer and are not part
-        of it. top_logprobs: report the likeliest tokens at each position. steps: tokens between two pieces, at most 32.
+        of it. stop_ids: token ids that end it, besides the checkpoint's own. top_logprobs: report the likeliest tokens
+        at each position. steps: tokens between two pieces, at most 32.
         Raises InputError when a prompt is empty or does not fit the context.
         """
         ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
@@ -178,7 +180,8 @@ class Qwen:
                     f"a prompt of {len(prompt)} tokens does not fit the context of {context}; shorten it, or "
                     "extend the context with rope_scaling in config.json."
                 )
-        return Stream(self, ids, samplings, max_tokens, tuple(stop), top_logprobs, min(steps, MAX_STEPS))
+        all_stop_ids = (*self._eos_ids, *stop_ids)
+        return Stream(self, ids, samplings, max_tokens, tuple(stop), all_stop_ids, top_logprobs, min(steps, MAX_STEPS))
 
 
 class Stream:
@@ -191,6 +194,7 @@ class Stream:
         samplings: list[Sampling],
         max_tokens: int,
         stop: tuple[str, ...],
+        stop_ids: tuple[int, ...],
         num_top: int,
         steps: int,
     ) -> None:
@@ -201,7 +205,7 @@ class Stream:
         self._limits = [min(max_tokens, qwen.config.context_length - len(prompt)) for prompt in prompts]
         self._decoders = [qwen.tokenizer.stream(skip_special=True) for _ in prompts]
         self._held = [""] * len(prompts)  # text that may yet turn out to be the beginning of a stop text
-        self._stop_ids = np.asarray(qwen._eos_ids, np.int32)
+        self._stop_ids = np.asarray(stop_ids, np.int32)
         self._static = {"config": qwen.config, "vocab_size": len(qwen.tokenizer), "num_top": num_top}
 
     def __iter__(self) -> Iterator[tuple[int, str]]:

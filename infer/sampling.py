@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.struct
 import jax
@@ -33,11 +34,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature": (self.temperature >= 0, "at least 0"),
+            "temperature": (0 <= self.temperature < math.inf, "at least 0 and finite"),
             "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "repetition_penalty": (self.repetition_penalty > 0, "positive"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "positive and finite"),
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "in [-2, 2]"),
             "seed": (0 <= self.seed < 2**32, "in [0, 2^32)"),
         }
@@ -74,7 +75,8 @@ class SamplingRows(flax.struct.PyTreeNode):
             field.name: np.array([getattr(s, field.name) for s in samplings], dtypes.get(field.name, np.float32))
             for field in dataclasses.fields(Sampling)
         }
-        return cls(**columns, in_prompt=in_prompt, in_answer=np.zeros_like(in_prompt))
+        columns |= {"in_prompt": in_prompt, "in_answer": np.zeros_like(in_prompt)}
+        return cls(**jax.tree.map(jnp.asarray, columns))
 
     def record(self, tokens: jax.Array) -> SamplingRows:
         """The rows after `tokens` [B] have joined the answers."""
@@ -96,6 +98,8 @@ def truncate(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     """
     vocab_size = logits.shape[-1]
     top_k = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab_size), vocab_size)
+    # a float32 sum can reach 1 before its last terms, which nothing excludes when top-p is off
+    top_p = jnp.where(rows.top_p < 1, rows.top_p, jnp.inf)
     log_total = jax.nn.logsumexp(logits, axis=-1)
 
     def boundary(count: int) -> tuple[jax.Array, jax.Array]:
@@ -103,13 +107,13 @@ def truncate(logits: jax.Array, rows: SamplingRows) -> jax.Array:
         largest = lax.top_k(logits, count)[0]  # [B, count], descending
         inside = jnp.arange(count)[None] < top_k[:, None]
         log_kept = jax.nn.logsumexp(jnp.where(inside, largest, -jnp.inf), axis=-1)
-        # beyond `count` only the total is known, which is what remains when top-k does not cut earlier
-        log_kept = jnp.where(top_k <= count, log_kept, log_total)
+        # without top-k the total is what is kept; a top-k beyond `count` needs the longer list
+        log_kept = jnp.where(top_k < vocab_size, log_kept, log_total)
         probs = jnp.where(inside, jnp.exp(largest - log_kept[:, None]), 0)
         before = jnp.cumsum(probs, axis=-1) - probs
-        keep = inside & (before < rows.top_p[:, None])
+        keep = inside & (before < top_p[:, None])
         lowest = jnp.min(jnp.where(keep, largest, jnp.inf), axis=-1)
-        known = (top_k <= count) | (before[:, -1] + probs[:, -1] >= rows.top_p)
+        known = (top_k <= count) | ((top_k == vocab_size) & (before[:, -1] + probs[:, -1] >= top_p))
         return lowest, known
 
     off = (rows.top_k <= 0) & (rows.top_p >= 1)

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.layers.attention import Attention, AttentionSpec
+from qwen_jax.layers.attention import Attention, AttentionSpec, take_token
 from qwen_jax.layers.embedding import Embedding
 from qwen_jax.layers.linear import residual_std
 from qwen_jax.layers.mlp import Mlp
@@ -47,10 +47,12 @@ class Block(nn.Module):
         is_token: jax.Array | None,
         cache: Cache | None,
         layer: jax.Array | int,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Cache | None, RouterStats | None]:
         c, std = self.config, self.config.initializer_range
         norm = RMSNorm(c.rms_norm_eps, "embed", name="attention_norm")
-        y, kv, cache = Attention(c, name="attention")(norm(x), tables, query_scale, spec, cache, layer)
+        y, kv, cache = Attention(c, name="attention")(norm(x), tables, query_scale, spec, cache, layer, only)
+        x, is_token = take_token((x, is_token), only)
         x += y
         normed = RMSNorm(c.rms_norm_eps, "embed", name="mlp_norm")(x)
         if c.moe:
@@ -138,6 +140,7 @@ def forward(
     inference_lengths: jax.Array | None = None,
     keep_kv: bool = False,
     return_layers: bool = False,
+    only: jax.Array | None = None,
     dtype: DTypeLike | None = None,
 ) -> Output:
     """Runs the network on tokens [B, T] int32.
@@ -146,8 +149,9 @@ def forward(
     its own segment only, 0 is padding; without them padding must stand on the right. cache: earlier keys and values,
     returned with the new ones (its `lengths` unchanged). inference_lengths [B] int32: true sequence lengths, which
     switch on what Qwen1 does at inference only (dynamic NTK, LogN); a cache carries its own. keep_kv: return the new
-    keys and values. return_layers: return the residual stream after each layer. dtype: of the activations; default
-    the embedding's.
+    keys and values. return_layers: return the residual stream after each layer. only [B] int32, without
+    return_layers: the index of the one token in each row whose hidden state is wanted, as [B, 1, D]; an unrolled last
+    layer computes no more. dtype: of the activations; default the embedding's.
     """
     num_tokens = tokens.shape[1]
     longest = num_tokens if cache is None else cache.capacity
@@ -168,16 +172,19 @@ def forward(
     is_token = None if segment_ids is None else segment_ids != 0
     block, windows = Block(config), config.layer_windows()
 
-    def run(layer_params: Params, x: jax.Array, cache: Cache | None, layer: Any, window: Any) -> tuple[Any, ...]:
+    def run(
+        layer_params: Params, x: jax.Array, cache: Cache | None, layer: Any, window: Any, only: jax.Array | None = None
+    ) -> tuple[Any, ...]:
         spec_here = spec.replace(window=window)
-        return block.apply({"params": layer_params}, x, tables, query_scale, spec_here, is_token, cache, layer)
+        return block.apply({"params": layer_params}, x, tables, query_scale, spec_here, is_token, cache, layer, only)
 
     x = _embedding(config).apply({"params": params["embed"]}, tokens, dtype)
     residuals, routers = [x], []
     if isinstance(params["layers"], tuple):
         ks, vs = [], []
         for i, layer_params in enumerate(params["layers"]):
-            x, (k, v), cache, router = run(layer_params, x, cache, i, windows[i])
+            last = only if i == config.num_layers - 1 else None
+            x, (k, v), cache, router = run(layer_params, x, cache, i, windows[i], last)
             ks, vs = [*ks, k], [*vs, v]
             residuals, routers = [*residuals, x], [*routers, router]
         kv = (tuple(ks), tuple(vs))
@@ -196,6 +203,7 @@ def forward(
         per_layer = (params["layers"], jnp.arange(config.num_layers), window)
         (x, cache), (kv, router, layers) = lax.scan(scanned, (x, cache), per_layer)
         layers = jnp.concatenate([residuals[0][None], layers]) if return_layers else None
+        x = take_token(x, only)
 
     hidden = RMSNorm(config.rms_norm_eps, "embed").apply({"params": params["final_norm"]}, x)
     return Output(hidden, cache, kv if keep_kv else None, layers, router)

@@ -1,5 +1,7 @@
 """Attention: what may be seen as data, the plain computation, and the layer around it."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -100,6 +102,13 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> ja
     return out.astype(dtype)
 
 
+def take_token(tree: Any, index: jax.Array | None) -> Any:
+    """Token `index` [B] of every array [B, T, ...] in `tree`, as [B, 1, ...]; without an index, the tree."""
+    if index is None:
+        return tree
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, index.reshape(-1, *[1] * (x.ndim - 1)), axis=1), tree)
+
+
 class Attention(nn.Module):
     """Projections, rotation, attention over the new keys or over the cache, and the output projection."""
 
@@ -114,27 +123,34 @@ class Attention(nn.Module):
         spec: AttentionSpec,
         cache: Cache | None,
         layer: jax.Array | int,
+        only: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Cache | None]:
-        """x [B, T, D] -> (y [B, T, D], the new rotated keys and values [B, K, T, h], the cache with them)."""
+        """x [B, T, D] -> (y [B, T, D], the new rotated keys and values [B, K, T, h], the cache with them).
+
+        With `only` [B], the one query of each row that is wanted, y is [B, 1, D].
+        """
         c = self.config
 
-        def heads(name: str, num: int, axis: str) -> jax.Array:
+        def heads(x: jax.Array, name: str, num: int, axis: str) -> jax.Array:
             shape, axes = (num, c.head_dim), (axis, "head_dim")
             return Linear(shape, (c.hidden_size,), axes, ("embed",), c.qkv_bias, c.initializer_range, name=name)(x)
 
-        q = heads("q", c.num_heads, "heads")  # [B, T, H, h]
-        k = heads("k", c.num_kv_heads, "kv_heads")  # [B, T, K, h]
-        v = heads("v", c.num_kv_heads, "kv_heads")
+        q = heads(take_token(x, only), "q", c.num_heads, "heads")  # [B, T, H, h]
+        k = heads(x, "k", c.num_kv_heads, "kv_heads")  # [B, T, K, h]
+        v = heads(x, "v", c.num_kv_heads, "kv_heads")
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, "head_dim", name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, "head_dim", name="k_norm")(k)
-        q, k = rotate(q, tables), rotate(k, tables)
+        q, k = rotate(q, take_token(tables, only)), rotate(k, tables)
         if query_scale is not None:
-            q = (q * query_scale[..., None, None]).astype(q.dtype)
+            q = (q * take_token(query_scale, only)[..., None, None]).astype(q.dtype)
         k, v = (jnp.swapaxes(new, 1, 2) for new in (k, v))  # [B, K, T, h]
         keys, values = k, v
         if cache is not None:
             cache, keys, values = cache.append(layer, k, v, spec.query_positions)
+        if only is not None:
+            queries = take_token((spec.query_positions, spec.query_segments), only)
+            spec = spec.replace(query_positions=queries[0], query_segments=queries[1], same_tokens=False)
         out = attention(q, keys, values, spec)
         std = residual_std(c.initializer_range, c.num_layers) if c.model_type == "qwen" else c.initializer_range
         project_out = Linear(
