@@ -90,6 +90,8 @@ class Conversation:
             number = int(value) if name in ("top_k", "seed", "max_tokens") else float(value)
         except ValueError:
             raise InputError(f"{name} needs a number, not {value!r}.") from None
+        if name == "max_tokens" and number < 1:
+            raise InputError(f"max_tokens={number} leaves nothing to generate; it must be at least 1.")
         changed = dataclasses.replace(self.settings, **{name: number})
         changed.sampling(self.qwen)  # refuses impossible values before they are kept
         self.settings = changed

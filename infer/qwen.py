@@ -171,6 +171,8 @@ class Qwen:
             )
         if max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens} leaves nothing to generate; it must be at least 1.")
+        if "" in stop:
+            raise InputError("a stop text is empty; it would end every answer at once, so leave it out.")
         context = self.config.context_length
         for prompt in ids:
             if not prompt:
@@ -179,6 +181,11 @@ class Qwen:
                 raise InputError(
                     f"a prompt of {len(prompt)} tokens does not fit the context of {context}; shorten it, or "
                     "extend the context with rope_scaling in config.json."
+                )
+            if not 0 <= min(prompt) <= max(prompt) < len(self.tokenizer):
+                raise InputError(
+                    f"a prompt has token ids from {min(prompt)} to {max(prompt)}; they must be at least 0 and below "
+                    f"{len(self.tokenizer)}, the tokenizer's size."
                 )
         all_stop_ids = (*self._eos_ids, *stop_ids)
         return Stream(self, ids, samplings, max_tokens, tuple(stop), all_stop_ids, top_logprobs, min(steps, MAX_STEPS))
@@ -223,7 +230,7 @@ class Stream:
             finished = np.array([bool(a.finish_reason) for a in self.answers] + [True] * (rows - len(self.answers)))
             state, produced, steps = decode(
                 self._qwen.params,
-                state.replace(done=finished),
+                state.replace(done=jnp.asarray(finished)),
                 np.int32(self._steps),
                 self._stop_ids,
                 **self._static,
@@ -259,16 +266,16 @@ class Stream:
 
     def _take(self, produced: Produced, count: int) -> Iterator[tuple[int, str]]:
         """Adds `count` columns of new tokens to the unfinished answers and yields what can be shown of them."""
-        columns = jax.tree.map(lambda x: np.asarray(x[:, :count]).tolist(), produced)
+        fields = (produced.tokens, produced.logprobs, produced.top_tokens, produced.top_logprobs)
+        tokens, logprobs, top_tokens, top_logprobs = (np.asarray(x[:, :count]).tolist() for x in fields)
         for row, answer in enumerate(self.answers):
             for i in range(count):
                 if answer.finish_reason:
                     break
-                answer.tokens.append(columns.tokens[row][i])
-                answer.logprobs.append(columns.logprobs[row][i])
-                if columns.top_tokens[row][i]:
-                    pairs = zip(columns.top_tokens[row][i], columns.top_logprobs[row][i], strict=True)
-                    answer.top_logprobs.append(list(pairs))
+                answer.tokens.append(tokens[row][i])
+                answer.logprobs.append(logprobs[row][i])
+                if top_tokens[row][i]:
+                    answer.top_logprobs.append(list(zip(top_tokens[row][i], top_logprobs[row][i], strict=True)))
                 if piece := self._accept(row, answer):
                     answer.text += piece
                     yield row, piece
