@@ -307,7 +307,7 @@ def load(model: str | Path = "default", *, dtype: str = "bfloat16", progress: bo
     """Loads "default", a local folder, a .gguf file or a Hugging Face id; caches compiled programs."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise InputError(f"dtype {dtype!r} is not possible; use bfloat16, float16 or float32.")
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
     checkpoint = open_checkpoint(model)
     tokenizer = checkpoint.tokenizer()

@@ -67,8 +67,8 @@ class Output(flax.struct.PyTreeNode):
     """What `forward` computes. Optional parts are None unless asked for."""
 
     hidden: jax.Array  # [B, T, D] after the final norm
-    cache: Cache | None = None
-    kv: tuple[Any, Any] | None = None  # new keys and values of all layers, stacked [L, B, K, T, h] or tuples of L
+    cache: Any = None  # Cache
+    kv: Any = None  # new keys and values of all layers, stacked [L, B, K, T, h] or tuples of L
     layers: jax.Array | None = None  # [L + 1, B, T, D]: the embedding, then the residual stream after each layer
     router: RouterStats | None = None  # leading L axis
 
@@ -85,7 +85,7 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> Params:
     tables = rotary_tables(config, index)
     spec = AttentionSpec(index, index)
 
-    def init_layer(layer_key: jax.Array) -> Params:
+    def init_layer(layer_key: jax.Array) -> Any:
         return Block(config).init(layer_key, x, tables, None, spec, None, None, 0)["params"]
 
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))
@@ -178,7 +178,7 @@ def forward(
         spec_here = spec.replace(window=window)
         return block.apply({"params": layer_params}, x, tables, query_scale, spec_here, is_token, cache, layer, only)
 
-    x = _embedding(config).apply({"params": params["embed"]}, tokens, dtype)
+    x: Any = _embedding(config).apply({"params": params["embed"]}, tokens, dtype)
     residuals, routers = [x], []
     if isinstance(params["layers"], tuple):
         ks, vs = [], []
@@ -205,11 +205,12 @@ def forward(
         layers = jnp.concatenate([residuals[0][None], layers]) if return_layers else None
         x = take_token(x, only)
 
-    hidden = RMSNorm(config.rms_norm_eps, "embed").apply({"params": params["final_norm"]}, x)
+    hidden: Any = RMSNorm(config.rms_norm_eps, "embed").apply({"params": params["final_norm"]}, x)
     return Output(hidden, cache, kv if keep_kv else None, layers, router)
 
 
 def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """float32 logits [..., V] of hidden states [..., D]; give it only the positions whose logits are needed."""
     head = params["embed"] if config.tie_word_embeddings else params["lm_head"]
-    return _embedding(config).apply({"params": head}, hidden, method="logits")
+    logits: Any = _embedding(config).apply({"params": head}, hidden, method="logits")
+    return logits

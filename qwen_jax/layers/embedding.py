@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qwen_jax.layers.linear import project
+from qwen_jax.layers.param import declare
 
 
 class Embedding(nn.Module):
@@ -16,8 +17,8 @@ class Embedding(nn.Module):
     std: float = 0.02
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), ("vocab", "embed"))
-        self.embedding = self.param("embedding", init, (self.vocab_size, self.features))
+        init, shape = nn.initializers.normal(self.std), (self.vocab_size, self.features)
+        self.embedding = declare(self, "embedding", init, shape, ("vocab", "embed"))
 
     def __call__(self, tokens: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
         """Rows of the table for int tokens [...], as [..., D]."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.layers.param import declare
+
 # Rows of x up to which the kernel is the left operand, see `project`.
 FEW_ROWS = 64
 
@@ -40,12 +42,11 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.out_axes + self.in_axes)
-        kernel = self.param("kernel", init, self.out_shape + self.in_shape)
+        init, shape = nn.initializers.normal(self.std), self.out_shape + self.in_shape
+        kernel = declare(self, "kernel", init, shape, self.out_axes + self.in_axes)
         y = project(kernel.astype(x.dtype), x, len(self.in_shape))
         if self.use_bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes)
-            bias = self.param("bias", zeros, self.out_shape)
+            bias = declare(self, "bias", nn.initializers.zeros, self.out_shape, self.out_axes)
             y += bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return y.astype(x.dtype)
 

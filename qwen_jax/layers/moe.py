@@ -9,6 +9,7 @@ from jax import lax
 from qwen_jax.config import MoeConfig
 from qwen_jax.layers.linear import Linear
 from qwen_jax.layers.mlp import Mlp
+from qwen_jax.layers.param import declare
 
 # lhs [rows, in] grouped along rows, rhs [E, out, in]
 _GROUPED = lax.RaggedDotDimensionNumbers(
@@ -47,8 +48,7 @@ class Experts(nn.Module):
         narrow = (self.moe.num_experts, self.hidden_size, self.moe.expert_intermediate_size)
 
         def grouped(name: str, shape: tuple[int, ...], axes: tuple[str, ...], x: jax.Array) -> jax.Array:
-            init = nn.with_logical_partitioning(nn.initializers.normal(self.std), ("expert", *axes))
-            kernel = self.param(name, init, shape).astype(x.dtype)
+            kernel = declare(self, name, nn.initializers.normal(self.std), shape, ("expert", *axes)).astype(x.dtype)
             return lax.ragged_dot_general(x, kernel, group_sizes, _GROUPED, preferred_element_type=jnp.float32)
 
         gate = grouped("gate", wide, ("expert_mlp", "embed"), rows).astype(rows.dtype)

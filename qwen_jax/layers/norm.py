@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.layers.param import declare
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) over the last axis in float32, cast to x's dtype and only then multiplied by the gain (as PyTorch)."""
@@ -14,8 +16,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
-        scale = self.param("scale", init, (x.shape[-1],))
+        scale = declare(self, "scale", nn.initializers.ones, x.shape[-1:], (self.axis,))
         x32 = x.astype(jnp.float32)
         y = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape) * y.astype(x.dtype)
