@@ -95,7 +95,8 @@ def prefill(
     The cache gets `capacity` slots per row, in `cache_dtype` (default: the activations').
     """
     out = forward(config, params, tokens, inference_lengths=lengths, keep_kv=True, only=lengths - 1)
-    cache = cache_from_prefill(*out.kv, lengths, capacity, cache_dtype or out.hidden.dtype)
+    k, v = out.kv
+    cache = cache_from_prefill(k, v, lengths, capacity, cache_dtype or out.hidden.dtype)
     zeros = jnp.zeros_like(lengths)
     state = DecodeState(cache, zeros, zeros, limits, limits <= 0, rows)
     state, produced = _choose(

@@ -20,7 +20,7 @@ NEGATIVE = jnp.finfo(jnp.float32).min
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a sequence is sampled. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and the penalties' defaults are off."""
+    """How a sequence is sampled. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and default penalties are off."""
 
     temperature: float = 0.0
     top_k: int = 0
