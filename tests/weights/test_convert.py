@@ -172,6 +172,7 @@ def many_layers(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # a measurement: allocators hold on to more while other tests run beside it
 @pytest.mark.parametrize(("to", "limit"), [("hf", 120e6), ("orbax", 250e6)])
 def test_converting_many_layers_holds_a_few_blocks(tmp_path, many_layers, to, limit):
     assert growth(many_layers, tmp_path / "out", "--to", to) < limit
