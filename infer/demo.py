@@ -20,7 +20,9 @@ class Arguments(ModelArguments):
 
 def main(argv: Sequence[str]) -> int:
     qwen = tyro.cli(Arguments, args=argv, prog="qwen-jax demo").load()
-    print(f"\n\033[1m> {QUESTION}\033[0m\n")
+    from rich.console import Console
+
+    Console().print(f"\n> {QUESTION}\n", style="bold", markup=False, highlight=False)
     sampling = qwen.sampling(temperature=0.0)
     prompt = qwen.chat_prompt(QUESTION)
     # a first run, cut short, so that the rates below are not the compiler's
