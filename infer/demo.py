@@ -33,4 +33,3 @@ def main(argv: Sequence[str]) -> int:
         print(text, end="", flush=True)
     print(f"\n\n{closing_line(stream.timing)}")
     return 0
-

@@ -176,11 +176,9 @@ def test_load_balancing_loss(pair: Pair) -> None:
     np.testing.assert_allclose(loss(jnp.asarray(tokens), jnp.asarray(mask, jnp.int32)), expected, rtol=1e-6)
 
 
-def test_qwen1_reference_gives_the_published_values() -> None:
+def test_qwen1_reference_has_the_released_alphas() -> None:
     module = torch_reference._qwen1_module()
     assert [module.ntk_alpha(n, 8192) for n in (1, 8192, 8193, 16384, 16385, 32768)] == [1, 1, 3, 3, 7, 7]
-    base = {alpha: 10000 * alpha ** (128 / 126) for alpha in (3, 7)}
-    assert base == pytest.approx({3: 30527.7367, 7: 72195.8601})
 
 
 @pytest.mark.slow
