@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.decode import bucket, half_bucket
+from infer.decode import bucket, half_bucket, widen
 from infer.qwen import Answer, Qwen
 from infer.sampling import Sampling
 from qwen_jax.errors import InputError
@@ -93,6 +93,14 @@ def test_filler_rows_of_a_backend_change_nothing(qwen, params, alone):
     assert a.tokens == b.tokens
 
 
+def test_filler_rows_are_finished_and_possible(qwen):
+    """A penalty of 0 would make NaN of their logits, and one such row sends every step to the slow full sort."""
+    stream = qwen.stream(PROMPTS[:1], Sampling(temperature=1.0, repetition_penalty=1.2))
+    state = widen(stream._prefill()[0], 4)
+    assert state.done.tolist() == [False, True, True, True]
+    assert (state.rows.repetition_penalty == state.rows.repetition_penalty[0]).all()
+
+
 @pytest.mark.parametrize(
     ("size", "whole", "half"), [(1, 1, 32), (33, 64, 48), (48, 64, 48), (49, 64, 64), (65, 128, 96)]
 )
@@ -155,7 +163,7 @@ def test_padding_rows_are_never_produced(params):
     model = Qwen(tiny.CONFIG, changed, tiny.tokenizer())
     hidden = forward(tiny.CONFIG, model.params, jnp.array(PROMPTS[1])[None]).hidden
     assert (jnp.argmax(unembed(tiny.CONFIG, model.params, hidden), -1) >= tokens).all()
-    hot = [Sampling(temperature=1e37, seed=seed) for seed in range(3)]  # as even as it gets
+    hot = [Sampling(temperature=3e38, seed=seed) for seed in range(3)]  # the lowest float would be likely
     for samplings in ([GREEDY] * 3, hot):
         stream = model.stream(PROMPTS, samplings, max_tokens=32, top_logprobs=3)
         for _ in stream:
