@@ -169,6 +169,8 @@ class Qwen:
             raise InputError(
                 f"{len(ids)} prompts and {len(samplings)} samplings; give at least one prompt, a sampling each."
             )
+        if not 1 <= steps <= MAX_STEPS:
+            raise InputError(f"steps={steps} is not possible; it must be between 1 and {MAX_STEPS}.")
         if max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens} leaves nothing to generate; it must be at least 1.")
         if "" in stop:
@@ -188,7 +190,7 @@ class Qwen:
                     f"{len(self.tokenizer)}, the tokenizer's size."
                 )
         all_stop_ids = (*self._eos_ids, *stop_ids)
-        return Stream(self, ids, samplings, max_tokens, tuple(stop), all_stop_ids, top_logprobs, min(steps, MAX_STEPS))
+        return Stream(self, ids, samplings, max_tokens, tuple(stop), all_stop_ids, top_logprobs, steps)
 
 
 class Stream:
