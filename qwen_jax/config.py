@@ -43,13 +43,20 @@ class LinearScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class NtkScaling:
+    """Static NTK: the base times `factor` ** (h / (h - 2)), which turns the slowest pair `factor` times slower."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class DynamicNtkScaling:
     """Qwen1's training-free scaling: the base grows with a sequence's length at prefill beyond `trained_length`."""
 
     trained_length: int
 
 
-RopeScaling = YarnScaling | LinearScaling | DynamicNtkScaling
+RopeScaling = YarnScaling | LinearScaling | NtkScaling | DynamicNtkScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +105,8 @@ class ModelConfig:
     logn_trained_length: int | None = None
     sliding_window: int | None = None
     first_window_layer: int = 0
+    window_sizes: tuple[int | None, ...] | None = None
+    """of every layer, instead of `sliding_window`: Qwen1's layer-wise windows"""
     dual_chunk: DualChunk | None = None
     moe: MoeConfig | None = None
     initializer_range: float = 0.02
@@ -110,6 +119,18 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even head_dim.")
+        if self.dual_chunk and self.rope_scaling:
+            raise InputError(
+                "config has both dual_chunk_attention_config and rope_scaling; Dual Chunk Attention scales by its own "
+                "original_max_position_embeddings, so remove rope_scaling."
+            )
+        if self.window_sizes is not None and (
+            len(self.window_sizes) != self.num_layers or any(w is not None and w < 1 for w in self.window_sizes)
+        ):
+            raise InputError(
+                f"layer_windows is {list(self.window_sizes)}; it needs one size of at least 1, or null for full "
+                f"attention, for each of the {self.num_layers} layers."
+            )
         if self.moe and not 0 < self.moe.top_k <= self.moe.num_experts:
             raise InputError(f"num_experts_per_tok={self.moe.top_k} must be between 1 and {self.moe.num_experts}.")
 
@@ -130,6 +151,8 @@ class ModelConfig:
 
     def layer_windows(self) -> tuple[int | None, ...]:
         """Sliding window of each layer in keys, the query's own included; None is full attention."""
+        if self.window_sizes is not None:
+            return self.window_sizes
         if self.sliding_window is None:
             return (None,) * self.num_layers
         if self.model_type == "qwen2_moe":  # transformers alternates here instead of switching at one depth
@@ -228,6 +251,7 @@ _SPELLINGS = {
     "use_sliding_window": ("use_sliding_window",),
     "sliding_window": ("sliding_window",),
     "max_window_layers": ("max_window_layers",),
+    "layer_windows": ("layer_windows",),  # ours: no released code has Qwen1's windows, so no key either
     "rope_scaling": ("rope_scaling",),
     "rope_parameters": ("rope_parameters",),
     "dual_chunk_attention_config": ("dual_chunk_attention_config",),
@@ -250,6 +274,7 @@ _SIZES = (
 _ROPE_KEYS = {
     "default": frozenset[str](),
     "linear": frozenset({"factor"}),
+    "ntk": frozenset({"factor"}),
     "yarn": frozenset(
         """factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale mscale_all_dim
         truncate""".split()
@@ -315,12 +340,13 @@ def _from_hf(config: Mapping[str, Any]) -> ModelConfig:
         logn_trained_length=logn_trained_length,
         sliding_window=window,
         first_window_layer=first_window_layer,
+        window_sizes=_windows_from_hf(values["layer_windows"]),
         dual_chunk=_dual_chunk_from_hf(values["dual_chunk_attention_config"]),
         moe=_moe_from_hf(values, shared=model_type == "qwen2_moe") if moe_type else None,
         initializer_range=config.get("initializer_range", 0.02),
     )
     ours = ["sliding_attention" if window else "full_attention" for window in result.layer_windows()]
-    if config.get("layer_types") not in (None, ours):
+    if result.window_sizes is None and config.get("layer_types") not in (None, ours):
         raise InputError(
             "layer_types does not follow from use_sliding_window and max_window_layers, and a free choice of windowed "
             "layers is not supported; no released Qwen makes one."
@@ -381,6 +407,8 @@ def _rope_from_hf(values: Mapping[str, Any], default_theta: float) -> tuple[floa
         raise InputError(f"rope_scaling factor is {factor!r}; it must be a number of at least 1.")
     if kind == "linear":
         return theta, LinearScaling(float(factor))
+    if kind == "ntk":
+        return theta, NtkScaling(float(factor))
     if raw.pop("truncate", True) is not True:
         raise InputError("rope_scaling truncate=false is not supported; no Qwen uses it.")
     original = raw.pop("original_max_position_embeddings", None) or values["max_position_embeddings"]
@@ -388,6 +416,14 @@ def _rope_from_hf(values: Mapping[str, Any], default_theta: float) -> tuple[floa
         raise InputError("rope_scaling lacks original_max_position_embeddings, the length that yarn multiplies.")
     options = {key: float(value) for key, value in raw.items()}
     return theta, YarnScaling(factor=float(factor), original_length=int(original), **options)
+
+
+def _windows_from_hf(raw: object) -> tuple[int | None, ...] | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, list) or not all(w is None or isinstance(w, int) for w in raw):
+        raise InputError(f"layer_windows is {raw!r}; it must be a list of one size, or null, per layer.")
+    return tuple(raw)
 
 
 def _dual_chunk_from_hf(raw: Mapping[str, Any] | None) -> DualChunk | None:
@@ -436,6 +472,8 @@ def _to_hf(c: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": c.tie_word_embeddings,
         "initializer_range": c.initializer_range,
     }
+    if c.window_sizes is not None:
+        out["layer_windows"] = list(c.window_sizes)
     if c.model_type == "qwen":
         ntk, logn = c.rope_scaling, c.logn_trained_length
         trained = ntk.trained_length if isinstance(ntk, DynamicNtkScaling) else logn or c.max_position_embeddings
@@ -468,6 +506,8 @@ def _to_hf(c: ModelConfig) -> dict[str, Any]:
         out["head_dim"] = c.head_dim
     if isinstance(c.rope_scaling, LinearScaling):
         out["rope_scaling"] = {"rope_type": "linear", "factor": c.rope_scaling.factor}
+    elif isinstance(c.rope_scaling, NtkScaling):
+        out["rope_scaling"] = {"rope_type": "ntk", "factor": c.rope_scaling.factor}
     elif isinstance(c.rope_scaling, YarnScaling):
         fields = dataclasses.asdict(c.rope_scaling)
         fields["original_max_position_embeddings"] = fields.pop("original_length")

@@ -20,14 +20,13 @@ from jax.typing import DTypeLike
 
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import InputError
 from qwen_jax.layers.attention import Attention, AttentionSpec, take_token
 from qwen_jax.layers.embedding import Embedding
 from qwen_jax.layers.linear import residual_std
 from qwen_jax.layers.mlp import Mlp
 from qwen_jax.layers.moe import Moe, RouterStats
 from qwen_jax.layers.norm import RMSNorm
-from qwen_jax.layers.rope import logn_scale, rotary_tables
+from qwen_jax.layers.rope import Rotary, rotary_tables
 
 Params = dict[str, Any]
 
@@ -41,8 +40,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        tables: tuple[jax.Array, jax.Array],
-        query_scale: jax.Array | None,
+        rotary: Rotary,
         spec: AttentionSpec,
         is_token: jax.Array | None,
         cache: Cache | None,
@@ -51,7 +49,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Cache | None, RouterStats | None]:
         c, std = self.config, self.config.initializer_range
         norm = RMSNorm(c.rms_norm_eps, "embed", name="attention_norm")
-        y, kv, cache = Attention(c, name="attention")(norm(x), tables, query_scale, spec, cache, layer, only)
+        y, kv, cache = Attention(c, name="attention")(norm(x), rotary, spec, cache, layer, only)
         x, is_token = take_token((x, is_token), only)
         x += y
         normed = RMSNorm(c.rms_norm_eps, "embed", name="mlp_norm")(x)
@@ -82,11 +80,11 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> Params:
     embed_key, layers_key, head_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.hidden_size))
     index = jnp.zeros((1, 1), jnp.int32)
-    tables = rotary_tables(config, index)
+    rotary = rotary_tables(config, index)
     spec = AttentionSpec(index, index)
 
     def init_layer(layer_key: jax.Array) -> Any:
-        return Block(config).init(layer_key, x, tables, None, spec, None, None, 0)["params"]
+        return Block(config).init(layer_key, x, rotary, spec, None, None, 0)["params"]
 
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))
     layers = nn.meta.add_axis(layers, 0, {nn.PARTITION_NAME: "layers"})
@@ -145,30 +143,29 @@ def forward(
 ) -> Output:
     """Runs the network on tokens [B, T] int32.
 
-    positions [B, T] int32: default 0..T-1, or the slots after `cache.lengths`. segment_ids [B, T] int32: a token sees
-    its own segment only, 0 is padding; without them padding must stand on the right. cache: earlier keys and values,
-    returned with the new ones (its `lengths` unchanged). inference_lengths [B] int32: true sequence lengths, which
-    switch on what Qwen1 does at inference only (dynamic NTK, LogN); a cache carries its own. keep_kv: return the new
-    keys and values. return_layers: return the residual stream after each layer. only [B] int32, without
-    return_layers: the index of the one token in each row whose hidden state is wanted, as [B, 1, D]; an unrolled last
-    layer computes no more. dtype: of the activations; default the embedding's.
+    positions [B, T] int32, below T or the cache's capacity: default 0..T-1, or the slots after `cache.lengths`.
+    segment_ids [B, T] int32: a token sees its own segment only, 0 is padding; without them padding must stand on the
+    right. cache: earlier keys and values, returned with the new ones (its `lengths` unchanged). inference_lengths [B]
+    int32: true sequence lengths, which switch on what is done at inference only (see `rotary_tables`); a cache carries
+    its own. keep_kv: return the new keys and values. return_layers: return the residual stream after each layer. only
+    [B] int32, without return_layers: the index of the one token in each row whose hidden state is wanted, as [B, 1, D];
+    an unrolled last layer computes no more. dtype: of the activations; default the embedding's.
     """
     num_tokens = tokens.shape[1]
     longest = num_tokens if cache is None else cache.capacity
-    if config.dual_chunk and longest > config.dual_chunk.chunk_length:
-        raise InputError(
-            f"{longest} tokens need Dual Chunk Attention, which is not there yet; "
-            f"up to {config.dual_chunk.chunk_length} it equals plain attention."
-        )
+    # a sequence that fits in one chunk needs no Dual Chunk Attention: it would be plain attention
+    chunk_length = config.dual_chunk.chunk_length if config.dual_chunk else longest
+    chunk_length = chunk_length if chunk_length < longest else None
     if positions is None:
         start = cache.lengths[:, None] if cache is not None else jnp.zeros((1, 1), jnp.int32)
         positions = jnp.broadcast_to(start + jnp.arange(num_tokens)[None], tokens.shape)
     lengths = cache.prompt_lengths if cache is not None else inference_lengths
     key_positions = positions if cache is None else jnp.arange(cache.capacity)[None]
     key_segments = segment_ids if cache is None else None
-    spec = AttentionSpec(positions, key_positions, segment_ids, key_segments, same_tokens=cache is None)
-    tables = rotary_tables(config, positions, lengths)
-    query_scale = logn_scale(config, positions, lengths)
+    spec = AttentionSpec(
+        positions, key_positions, segment_ids, key_segments, same_tokens=cache is None, chunk_length=chunk_length
+    )
+    rotary = rotary_tables(config, positions, lengths, dual_chunk=chunk_length is not None)
     is_token = None if segment_ids is None else segment_ids != 0
     block, windows = Block(config), config.layer_windows()
 
@@ -176,7 +173,7 @@ def forward(
         layer_params: Params, x: jax.Array, cache: Cache | None, layer: Any, window: Any, only: jax.Array | None = None
     ) -> tuple[Any, ...]:
         spec_here = spec.replace(window=window)
-        return block.apply({"params": layer_params}, x, tables, query_scale, spec_here, is_token, cache, layer, only)
+        return block.apply({"params": layer_params}, x, rotary, spec_here, is_token, cache, layer, only)
 
     x: Any = _embedding(config).apply({"params": params["embed"]}, tokens, dtype)
     residuals, routers = [x], []

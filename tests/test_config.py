@@ -15,6 +15,7 @@ from qwen_jax.config import (
     LinearScaling,
     ModelConfig,
     MoeConfig,
+    NtkScaling,
     YarnScaling,
     load_config,
 )
@@ -168,6 +169,16 @@ def test_qwen1_old_key_names():
         ({"rope_scaling": {"type": "yarn"} | YARN, "rope_parameters": {"rope_type": "default"}}, "keep one."),
         ({"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}}, "needs 0 < local_size < chunk_size"),
         ({"dual_chunk_attention_config": {"chunk_len": 8}}, "dual_chunk_attention_config has the unknown key"),
+        (
+            {
+                "dual_chunk_attention_config": {"chunk_size": 8, "local_size": 2},
+                "rope_scaling": {"type": "yarn"} | YARN,
+            },
+            "both",
+        ),
+        ({"layer_windows": 64}, "must be a list of one size, or null, per layer"),
+        ({"layer_windows": [64]}, "for each of the 4 layers"),
+        ({"layer_windows": [64, 64, 64, 0]}, "one size of at least 1"),
     ],
 )
 def test_refusals_are_one_sentence(changes, sentence):
@@ -216,7 +227,9 @@ VARIANTS = {
     "linear": dataclasses.replace(BASE, rope_scaling=LinearScaling(2.0)),
     "window": dataclasses.replace(BASE, sliding_window=64, first_window_layer=2),
     "window in all": dataclasses.replace(BASE, sliding_window=64, first_window_layer=0),
+    "ntk": dataclasses.replace(BASE, rope_scaling=NtkScaling(4.0)),
     "dual chunk": dataclasses.replace(BASE, dual_chunk=DualChunk(128, 32, 128)),
+    "windows": dataclasses.replace(BASE, window_sizes=(64, *[None] * (BASE.num_layers - 1))),
     "qwen2 head_dim": dataclasses.replace(BASE, head_dim=32),
     "qwen2_moe": dataclasses.replace(
         BASE, model_type="qwen2_moe", moe=dataclasses.replace(MOE, shared_intermediate_size=48, norm_topk_prob=False)

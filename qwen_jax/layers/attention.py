@@ -12,7 +12,7 @@ from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers.linear import Linear, residual_std
 from qwen_jax.layers.norm import RMSNorm
-from qwen_jax.layers.rope import rotate
+from qwen_jax.layers.rope import Rotary, rotate
 
 # Long prompts attend in blocks of queries, which bounds the [B, H, T, S] scores that the plain computation holds.
 QUERY_BLOCK = 512
@@ -30,6 +30,8 @@ class AttentionSpec(flax.struct.PyTreeNode):
     window: jax.Array | int | None = None
     # whether key i is query i's own token, so that no query sees a key further along than itself
     same_tokens: bool = flax.struct.field(pytree_node=False, default=False)
+    # Dual Chunk Attention: tokens per chunk. Queries then come as three, for keys 0, 1, and 2 or more chunks back.
+    chunk_length: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def mask(self) -> jax.Array:
         """bool [B, T, S]."""
@@ -40,6 +42,12 @@ class AttentionSpec(flax.struct.PyTreeNode):
         if self.window is not None:
             seen &= key > query - self.window
         return seen
+
+    def chunks_back(self) -> jax.Array:
+        """int [B, T, S]: which of the three queries a key is read by."""
+        assert self.chunk_length
+        query, key = self.query_positions // self.chunk_length, self.key_positions // self.chunk_length
+        return jnp.clip(query[:, :, None] - key[:, None, :], 0, 2)
 
     def block(self, start: int, stop: int) -> "AttentionSpec":
         """For queries [start, stop) and the keys before `stop`."""
@@ -55,41 +63,48 @@ class AttentionSpec(flax.struct.PyTreeNode):
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
     """softmax(q k^T / sqrt(h)) v with float32 scores; q [B, T, H, h], k and v [B, K, S, h] as caches hold them.
 
-    Returns [B, T, H, h] in q's dtype.
+    With `spec.chunk_length`, q is [3, B, T, H, h]: every query as it is turned toward keys of its own chunk, of the one
+    before, and of earlier ones (Dual Chunk Attention, arXiv 2402.17463), in one softmax. Returns [B, T, H, h] in q's
+    dtype.
     """
-    num_queries = q.shape[1]
+    num_queries = q.shape[-3]
     if spec.same_tokens and num_queries <= CAUSAL_BLOCKS * QUERY_BLOCK:
         size = max(SMALLEST_BLOCK, -(-num_queries // CAUSAL_BLOCKS))
         out = [
-            _attend(q[:, i : i + size], k[:, :, : i + size], v[:, :, : i + size], spec.block(i, i + size))
+            _attend(q[..., i : i + size, :, :], k[:, :, : i + size], v[:, :, : i + size], spec.block(i, i + size))
             for i in range(0, num_queries, size)
         ]
         return jnp.concatenate(out, axis=1)
     if num_queries <= QUERY_BLOCK or num_queries % QUERY_BLOCK:
         return _attend(q, k, v, spec)
 
-    def blocks(x: jax.Array | None) -> jax.Array | None:
+    def blocks(x: jax.Array | None, axis: int = 1) -> jax.Array | None:
         if x is None:
             return None
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0)
 
     def one(block: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         query, positions, segments = block
         return _attend(query, k, v, spec.replace(query_positions=positions, query_segments=segments))
 
-    out = lax.map(one, (blocks(q), blocks(spec.query_positions), blocks(spec.query_segments)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+    out = lax.map(one, (blocks(q, q.ndim - 3), blocks(spec.query_positions), blocks(spec.query_segments)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[-4:])
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
-    (batch, num_queries, num_heads, head_dim), dtype = q.shape, q.dtype
+    (batch, num_queries, num_heads, head_dim), dtype = q.shape[-4:], q.dtype
     num_kv_heads = k.shape[1]
     groups = num_heads // num_kv_heads  # query head i reads key/value head i // G
     # One batched matrix product each way, with no transposed result: the order XLA:CPU runs fastest.
-    q = q.reshape(batch, num_queries, num_kv_heads, groups, head_dim)
-    q = jnp.transpose(q, (0, 2, 3, 1, 4)).reshape(batch, num_kv_heads, groups * num_queries, head_dim)
+    q = q.reshape(-1, batch, num_queries, num_kv_heads, groups, head_dim)
+    q = jnp.transpose(q, (1, 3, 0, 4, 2, 5)).reshape(batch, num_kv_heads, -1, head_dim)
     scores = jnp.einsum("bkqh,bksh->bkqs", q.astype(k.dtype), k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    scores = scores.reshape(batch, num_kv_heads, groups, num_queries, -1)
+    scores = scores.reshape(batch, num_kv_heads, -1, groups, num_queries, k.shape[2])
+    if spec.chunk_length:
+        back = spec.chunks_back()[:, None, None]  # [B, 1, 1, T, S]
+        scores = lax.select_n(jnp.broadcast_to(back, scores[:, :, 0].shape), *(scores[:, :, i] for i in range(3)))
+    else:
+        scores = scores[:, :, 0]
     seen = spec.mask()[:, None, None]  # [B, 1, 1, T, S]
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
@@ -118,8 +133,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        tables: tuple[jax.Array, jax.Array],
-        query_scale: jax.Array | None,
+        rotary: Rotary,
         spec: AttentionSpec,
         cache: Cache | None,
         layer: jax.Array | int,
@@ -141,16 +155,16 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, "head_dim", name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, "head_dim", name="k_norm")(k)
-        q, k = rotate(q, take_token(tables, only)), rotate(k, tables)
-        if query_scale is not None:
-            q = (q * take_token(query_scale, only)[..., None, None]).astype(q.dtype)
+        queries = [rotate(q, tables) for tables in take_token(rotary.query, only)]
+        q = jnp.stack(queries) if spec.chunk_length else queries[0]
+        k = rotate(k, rotary.key)
         k, v = (jnp.swapaxes(new, 1, 2) for new in (k, v))  # [B, K, T, h]
         keys, values = k, v
         if cache is not None:
             cache, keys, values = cache.append(layer, k, v, spec.query_positions)
         if only is not None:
-            queries = take_token((spec.query_positions, spec.query_segments), only)
-            spec = spec.replace(query_positions=queries[0], query_segments=queries[1], same_tokens=False)
+            positions, segments = take_token((spec.query_positions, spec.query_segments), only)
+            spec = spec.replace(query_positions=positions, query_segments=segments, same_tokens=False)
         out = attention(q, keys, values, spec)
         std = residual_std(c.initializer_range, c.num_layers) if c.model_type == "qwen" else c.initializer_range
         project_out = Linear(

@@ -1,12 +1,54 @@
-"""Rotary position embeddings as data: frequencies, scales and the tables made of them."""
+"""Rotary position embeddings as data: frequencies, position maps, scales, and the tables made of them."""
 
 import math
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.config import DynamicNtkScaling, LinearScaling, ModelConfig, YarnScaling
+from qwen_jax.config import DualChunk, DynamicNtkScaling, LinearScaling, ModelConfig, NtkScaling, YarnScaling
+
+Tables = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B, T, h/2]
+
+
+class Rotary(flax.struct.PyTreeNode):
+    """How the queries and the keys of one pass are turned, with every scale on either folded in.
+
+    Queries have one pair of tables, or under Dual Chunk Attention three: for keys of the query's own chunk, of the one
+    before, and of earlier ones.
+    """
+
+    query: tuple[Tables, ...]
+    key: Tables
+
+
+def rotary_tables(
+    config: ModelConfig, positions: jax.Array, lengths: jax.Array | None = None, *, dual_chunk: bool = False
+) -> Rotary:
+    """The tables of int positions [B, T] in whatever scheme `config` names.
+
+    lengths [B] int32: the sequences' true lengths at prefill, which switch on what is done at inference only: Qwen1's
+    dynamic NTK and LogN, and the length scaling of Dual Chunk Attention. dual_chunk: make its three query variants;
+    a sequence that fits in one chunk needs only the first, which is then plain attention.
+    """
+    frequencies, scale = inverse_frequencies(config, lengths)
+    chunk = config.dual_chunk
+
+    def tables(positions: jax.Array, *scales: jax.Array | None) -> Tables:
+        angles = positions[..., None].astype(jnp.float32) * frequencies[:, None, :]
+        cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+        for by in scales:
+            if by is not None:
+                cos, sin = cos * by[..., None], sin * by[..., None]
+        return cos, sin
+
+    growth = dual_chunk_scale(chunk, positions, lengths) if chunk else None
+    logn = logn_scale(config, positions, lengths)
+    if not (chunk and dual_chunk):
+        return Rotary((tables(positions, logn, growth),), tables(positions, growth))
+    *maps, key_positions = dual_chunk_positions(chunk, positions)
+    return Rotary(tuple(tables(at, logn, growth) for at in maps), tables(key_positions, growth))
 
 
 def inverse_frequencies(config: ModelConfig, lengths: jax.Array | None = None) -> tuple[jax.Array, float]:
@@ -20,6 +62,9 @@ def inverse_frequencies(config: ModelConfig, lengths: jax.Array | None = None) -
     plain = (1.0 / config.rope_theta**exponents).astype(np.float32)[None]
     if isinstance(scaling, LinearScaling):
         return jnp.asarray(plain / scaling.factor), 1.0
+    if isinstance(scaling, NtkScaling):
+        base = config.rope_theta * scaling.factor ** (config.head_dim / (config.head_dim - 2))
+        return jnp.asarray((1.0 / base**exponents).astype(np.float32)[None]), 1.0
     if isinstance(scaling, YarnScaling):
         return jnp.asarray(_yarn(plain, scaling, config)), yarn_attention_factor(scaling)
     if isinstance(scaling, DynamicNtkScaling) and lengths is not None:
@@ -63,27 +108,41 @@ def yarn_attention_factor(scaling: YarnScaling) -> float:
     return mscale(1.0)
 
 
-def rotary_tables(
-    config: ModelConfig, positions: jax.Array, lengths: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, T, h/2], of int positions [B, T]."""
-    frequencies, factor = inverse_frequencies(config, lengths)
-    angles = positions[..., None].astype(jnp.float32) * frequencies[:, None, :]
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the halves of each head, [B, T, heads, h], in float32; never the interleaved layout."""
-    cos, sin = (table[:, :, None, :] for table in tables)  # [B, T, 1, h/2]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
 def logn_scale(config: ModelConfig, positions: jax.Array, lengths: jax.Array | None) -> jax.Array | None:
-    """Qwen1's LogN factor on rotated queries, float32 [B, T]: log_trained(position + 1) beyond the trained length."""
+    """Qwen1's LogN factor on queries, float32 [B, T]: log_trained(position + 1) beyond the trained length."""
     if config.logn_trained_length is None or lengths is None:
         return None
     ordinal = positions.astype(jnp.float32) + 1
     scale = jnp.log(ordinal) / math.log(config.logn_trained_length)
     return jnp.where(ordinal > config.logn_trained_length, scale, 1.0)
+
+
+def dual_chunk_positions(chunk: DualChunk, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Rotary positions [B, T] of queries toward keys of their own chunk, the one before and earlier ones; and of keys.
+
+    DCA (arXiv 2402.17463), equations 2, 5 and 7, but clamped at the trained window C as all released code is, where the
+    paper writes C - 1.
+    """
+    length, window = chunk.chunk_length, chunk.chunk_size
+    within = positions % length
+    return within, jnp.minimum(length + within, window), jnp.full_like(within, min(2 * length - 1, window)), within
+
+
+def dual_chunk_scale(chunk: DualChunk, positions: jax.Array, lengths: jax.Array | None) -> jax.Array | None:
+    """Length scaling of Qwen2.5-1M on queries and on keys, float32 [B, T]: max(1, 0.1 ln(T / original) + 1).
+
+    Qwen2.5-1M report, equation 1. T is the prompt's length in prefill and the current length afterwards; keys keep the
+    factor they were written with. None, and no scaling, in training or when the config gives no original length.
+    """
+    if lengths is None or not chunk.original_length:
+        return None
+    length = jnp.maximum(lengths[:, None], positions + 1).astype(jnp.float32)
+    return jnp.maximum(1.0, 0.1 * jnp.log(length / chunk.original_length) + 1.0)
+
+
+def rotate(x: jax.Array, tables: Tables) -> jax.Array:
+    """Rotates the halves of each head, [B, T, heads, h], in float32; never the interleaved layout."""
+    cos, sin = (table[:, :, None, :] for table in tables)  # [B, T, 1, h/2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
