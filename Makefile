@@ -48,5 +48,5 @@ $(VENV)/.base: setup.cfg | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: setup.cfg | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,torch]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,torch,train]"
 	@touch $@ $(VENV)/.base

@@ -1,0 +1,224 @@
+"""The loader: determinism, exact resume, shards, mixtures, length shares, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+from qwen_jax.errors import InputError
+from tests.train.data_tools import assert_same, byte_tokenizer, numbered_texts, segments, write_jsonl
+from train.data import packing
+from train.data.config import DataConfig, LengthShare, SourceConfig
+from train.data.loader import make_loader
+
+TOKENIZER = byte_tokenizer()
+END = TOKENIZER.special_tokens["<|endoftext|>"]
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(packing, "WINDOW_ROWS", 8)
+
+
+@pytest.fixture
+def config(tmp_path) -> DataConfig:
+    file = write_jsonl(tmp_path / "docs.jsonl", numbered_texts(300))
+    return DataConfig(sources=(SourceConfig(str(file)),), sequence_length=64, batch_size=4)
+
+
+def take(config, count=None, **kwargs):
+    with make_loader(config, TOKENIZER, **kwargs) as loader:
+        return list(itertools.islice(loader, count))
+
+
+def names(batches):
+    """Of each document in the batches, in order, what stands before its colon. The batches hold whole documents."""
+    text = TOKENIZER.decode(np.concatenate([segment for batch in batches for segment in segments(batch)]).tolist())
+    return re.findall(r"([dm]\d+):", text)
+
+
+@pytest.mark.parametrize("kind", ["best-fit", "concat"])
+def test_one_epoch_holds_every_text_once_in_another_order(config, kind):
+    batches = take(dataclasses.replace(config, packing=kind, epochs=1))
+    assert all(batch["tokens"].shape == (4, 64) for batch in batches)
+    ids = np.concatenate([segment for batch in batches for segment in segments(batch)])
+    texts = numbered_texts(300)
+    assert len(ids) == sum(len(text) + 1 for text in texts)
+    assert (ids == END).sum() == 300
+    found = names(batches)
+    assert len(found) == 300 and set(found) == {text.split(":")[0] for text in texts}
+    assert found != sorted(found, key=lambda name: int(name[1:]))
+
+
+def test_without_shuffle_concat_keeps_the_order(config):
+    batches = take(dataclasses.replace(config, packing="concat", epochs=1, shuffle=False))
+    ids = np.concatenate([batch["tokens"][batch["segment_ids"] > 0] for batch in batches])
+    assert TOKENIZER.decode(ids.tolist()) == "".join(f"{text}<|endoftext|>" for text in numbered_texts(300))
+
+
+def test_the_last_batch_is_filled_with_padding(config):
+    last = take(dataclasses.replace(config, packing="concat", epochs=1, batch_size=64))[-1]
+    empty = (last["segment_ids"] == 0).all(axis=1)
+    rows = -(-sum(len(text) + 1 for text in numbered_texts(300)) // 64)
+    assert empty.sum() == -rows % 64 > 0
+    assert (last["tokens"][empty] == TOKENIZER.pad_id).all() and not last["loss_mask"][empty].any()
+
+
+@pytest.mark.parametrize("kind", ["best-fit", "concat"])
+def test_same_seed_same_batches(config, kind):
+    config = dataclasses.replace(config, packing=kind, fim_rate=0.5)
+    first = take(config, 30)
+    assert_same(first, take(config, 30))
+    other = take(dataclasses.replace(config, seed=1), 30)
+    assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(first, other, strict=True))
+
+
+def test_epochs_have_orders_of_their_own(config):
+    config = dataclasses.replace(config, packing="concat", epochs=2)
+    found = names(take(config))
+    assert len(found) == 600
+    first, second = found[:300], found[300:]
+    assert set(first) == set(second) and first != second
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["best-fit", "concat"])
+def test_exact_resume_at_a_random_batch(tmp_path, config, kind, workers):
+    more = write_jsonl(tmp_path / "more.jsonl", numbered_texts(90, seed=1, mean=200, name="m"))
+    config = dataclasses.replace(
+        config,
+        sources=(*config.sources, SourceConfig(str(more), weight=2.0)),
+        packing=kind,
+        fim_rate=0.3,
+        length_shares=() if workers else (LengthShare(0.25, min_tokens=64), LengthShare(0.75, max_tokens=64)),
+    )
+    whole = take(config, 40)  # in this process
+    at = int(np.random.default_rng(len(kind) + workers).integers(1, 30))
+    with make_loader(dataclasses.replace(config, num_workers=workers), TOKENIZER) as loader:
+        assert_same([next(loader) for _ in range(at)], whole[:at])
+        state = loader.get_state()
+        next(loader)
+        as_json, pickled = json.dumps(state), pickle.dumps(state)
+        assert len(as_json) < 2000
+        loader.set_state(json.loads(as_json))
+        assert_same([next(loader) for _ in range(5)], whole[at : at + 5])
+    with make_loader(config, TOKENIZER) as loader:  # a new one, in this process
+        loader.set_state(pickle.loads(pickled))
+        assert loader.get_state() == state
+        assert_same([next(loader) for _ in range(10)], whole[at : at + 10])
+
+
+def test_a_state_of_other_data_is_refused(tmp_path, config):
+    with make_loader(config, TOKENIZER) as loader:
+        state = loader.get_state()
+    for change, message in (
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"sequence_length": 32}, "sequence_length was 64 and is now 32"),
+        ({"packing": "concat"}, "packing was best-fit"),
+    ):
+        with make_loader(dataclasses.replace(config, **change), TOKENIZER) as loader:
+            with pytest.raises(InputError, match=message):
+                loader.set_state(state)
+    with make_loader(config, TOKENIZER, 1, 2) as loader, pytest.raises(InputError, match="process_index was 0"):
+        loader.set_state(state)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_shards_are_disjoint_and_cover(config, count):
+    config = dataclasses.replace(config, epochs=1)
+    shards = [take(config, process_index=i, process_count=count) for i in range(count)]
+    assert all(batch["tokens"].shape == (4 // count, 64) for shard in shards for batch in shard)
+    found = [names(shard) for shard in shards]
+    assert sorted(itertools.chain(*found)) == sorted(names(take(config)))
+    assert all(set(a).isdisjoint(b) for a, b in itertools.combinations(found, 2))
+
+
+def shares_of_tokens(batches):
+    """Source -> share of the tokens, by the letter that each text begins with."""
+    counts = {}
+    for batch in batches:
+        for segment in segments(batch):
+            letter = TOKENIZER.decode(segment[:1].tolist())
+            if letter.isalpha() and letter != "x":
+                counts[letter] = counts.get(letter, 0) + len(segment)
+    return {letter: count / sum(counts.values()) for letter, count in counts.items()}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_weights_are_shares_of_tokens(tmp_path, processes):
+    """Sources whose documents differ tenfold in length; every document fits a row, so each segment names its source."""
+    sources = tuple(
+        SourceConfig(str(write_jsonl(tmp_path / f"{name}.jsonl", numbered_texts(400, i, mean, name))), weight=weight)
+        for i, (name, mean, weight) in enumerate([("a", 20, 7), ("b", 60, 2), ("c", 200, 1)])
+    )
+    config = DataConfig(sources=sources, sequence_length=2048, batch_size=4)
+    for index in range(processes):  # each process sees the same mixture
+        shares = shares_of_tokens(take(config, 60 // processes, process_index=index, process_count=processes))
+        # an exponential's standard deviation is its mean, and c has about 120 of 400 documents here
+        for name, expected in (("a", 0.7), ("b", 0.2), ("c", 0.1)):
+            assert shares[name] == pytest.approx(expected, rel=0.25, abs=0.01), (index, shares)
+
+
+def test_length_shares(tmp_path):
+    texts = ["l" + "y" * 150, *("s" + "y" * 20 for _ in range(20))] * 20  # of 152 tokens: 64, 64 and 24
+    file = write_jsonl(tmp_path / "docs.jsonl", texts)
+    config = DataConfig(
+        sources=(SourceConfig(str(file)),),
+        sequence_length=64,
+        batch_size=5,
+        length_shares=(LengthShare(0.4, min_tokens=64), LengthShare(0.6, max_tokens=64)),
+    )
+    rows = [TOKENIZER.decode(row.tolist()) for batch in take(config, 40) for row in batch["tokens"]]
+    assert sum("s" not in row.replace("<|endoftext|>", "") for row in rows) == 0.4 * len(rows)
+    assert not any("l" in row.replace("<|endoftext|>", "") and "s" in row.replace("<|endoftext|>", "") for row in rows)
+
+
+def test_errors(tmp_path, config):
+    for change, message in (
+        ({"sources": ()}, "no source"),
+        ({"sequence_length": 1}, "sequence_length is 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"fim_rate": 1.5}, "fim_rate is 1.5"),
+        ({"epochs": 0}, "epochs is 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            dataclasses.replace(config, **change)
+    with pytest.raises(InputError, match="weight of x is -1"):
+        SourceConfig("x", weight=-1)
+    with pytest.raises(InputError, match="overlap"):
+        dataclasses.replace(config, length_shares=(LengthShare(1), LengthShare(1, min_tokens=5)))
+    with pytest.raises(InputError, match="from 5 to 5"):
+        LengthShare(1, min_tokens=5, max_tokens=5)
+    with pytest.raises(InputError, match="4 rows cannot be divided among 3"):
+        make_loader(config, TOKENIZER, 0, 3)
+    with pytest.raises(InputError, match="process_index is 2"):
+        make_loader(config, TOKENIZER, 2, 2)
+    with pytest.raises(InputError, match="fill-in-the-middle needs <|fim_prefix|>"):
+        make_loader(dataclasses.replace(config, fim_rate=0.5), byte_tokenizer(["endoftext"]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_to_learn_is_one_sentence(config, workers):
+    never = dataclasses.replace(config, length_shares=(LengthShare(1, min_tokens=10**6),), num_workers=workers)
+    with make_loader(never, TOKENIZER) as loader, pytest.raises(InputError, match="none of 300 documents"):
+        next(loader)
+
+
+def test_a_file_that_breaks_later_is_one_sentence_from_a_worker_too(tmp_path, config):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"fine")
+    (folder / "b.txt").write_bytes(b"not \xff fine")
+    config = dataclasses.replace(config, sources=(SourceConfig(str(folder)),), num_workers=1)
+    with (
+        make_loader(config, TOKENIZER) as loader,
+        pytest.raises(InputError, match=r"b.txt is not UTF-8 text \(at byte 4"),
+    ):
+        next(loader)

@@ -1,0 +1,1 @@
+"""Text to batches: sources, tokenisation, packing, and an iterator whose place can be saved and found again."""

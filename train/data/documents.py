@@ -1,0 +1,92 @@
+"""Documents to tokens: plain text, repositories, and fill-in-the-middle as Qwen2.5-Coder has them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from qwen_jax.errors import InputError
+from qwen_jax.tokenizer import END_OF_TEXT, Tokenizer
+from train.data.sources import Document, Repository
+
+FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+REPO_TOKENS = ("<|repo_name|>", "<|file_sep|>")
+
+
+def cut_in_three(text: str, rng: np.random.Generator) -> tuple[str, str, str]:
+    """(prefix, middle, suffix) at two places drawn uniformly ("Efficient Training of Language Models to Fill in the
+    Middle", section 3)."""
+    first, second = np.sort(rng.integers(0, len(text) + 1, size=2))
+    return text[:first], text[first:second], text[second:]
+
+
+class Tokenise(grain.transforms.RandomMap):
+    """A document to {"tokens": int32 [N]}, closed by `<|endoftext|>`.
+
+    A special token that is spelled out in a text is ordinary text. With probability `fim_rate` a document, or the last
+    file of a repository, becomes prefix, suffix, middle (PSM), unless it would then not fit a row of `max_tokens`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, fim_rate: float, max_tokens: int) -> None:
+        self._tokenizer, self._fim_rate, self._max_tokens = tokenizer, fim_rate, max_tokens
+
+    def random_map(self, element: Document, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        head, text = ([], element) if isinstance(element, str) else self._repository(element)
+        end = [self._tokenizer.special_tokens[END_OF_TEXT]]
+        ids = None
+        if self._fim_rate and rng.random() < self._fim_rate:
+            ids = self._fill_in_the_middle(text, rng)
+        if ids is None or len(head) + len(ids) + 1 > self._max_tokens:
+            ids = self._encode(text)
+        return {"tokens": np.array(head + ids + end, np.int32)}
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, allow_special=False)
+
+    def _special(self, names: Sequence[str]) -> list[int]:
+        return [self._tokenizer.special_tokens[name] for name in names]
+
+    def _repository(self, repository: Repository) -> tuple[list[int], str]:
+        """Everything before the last file's text, and that text."""
+        name, separator = self._special(REPO_TOKENS)
+        ids = [name, *self._encode(f"{repository.name}\n")]
+        text = ""
+        for number, (path, content) in enumerate(repository.files):
+            last = number == len(repository.files) - 1
+            ids += [separator, *self._encode(f"{path}\n" if last else f"{path}\n{content}\n")]
+            text = content
+        return ids, text
+
+    def _fill_in_the_middle(self, text: str, rng: np.random.Generator) -> list[int]:
+        # Composed first, as the tokenizer would: a cut inside a character and its accent would leave other text
+        before, middle, after = cut_in_three(unicodedata.normalize("NFC", text), rng)
+        start, hole, answer = self._special(FIM_TOKENS)
+        return [start, *self._encode(before), hole, *self._encode(after), answer, *self._encode(middle)]
+
+
+def check_special_tokens(tokenizer: Tokenizer, names: Sequence[str], purpose: str) -> None:
+    """Raises InputError when the tokenizer lacks one of the tokens `names`."""
+    if missing := [name for name in names if name not in tokenizer.special_tokens]:
+        raise InputError(f"{purpose} needs {missing[0]}, which this tokenizer lacks; use one of Qwen2.5 or later.")
+
+
+def mean_tokens(source: Any, tokenise: Tokenise, *, documents: int = 1000, tokenised: int = 50) -> float:
+    """Tokens in a document of `source`, estimated from documents spread evenly over it.
+
+    The bytes are the mean of `documents` of them, the tokens per byte that of the first 4 KiB of `tokenised` ones.
+    """
+    spread = np.linspace(0, len(source) - 1, min(documents, len(source))).astype(int)
+    texts = [_plain(source[int(index)]) for index in spread]
+    some = [text[:4096] for text in texts[:: -(-len(texts) // tokenised)]]
+    rng = np.random.default_rng(0)
+    tokens = sum(len(tokenise.random_map(text, rng)["tokens"]) for text in some)
+    rate = tokens / max(1, sum(len(text.encode()) for text in some))
+    return max(1.0, rate * float(np.mean([len(text.encode()) for text in texts])))
+
+
+def _plain(document: Document) -> str:
+    return document if isinstance(document, str) else "\n".join(f"{path}\n{text}" for path, text in document.files)

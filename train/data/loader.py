@@ -1,0 +1,222 @@
+"""Batches of packed rows, the same for the same config, from an iterator whose place is a small JSON-able state."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from qwen_jax.errors import InputError
+from qwen_jax.tokenizer import Tokenizer
+from train.data.config import DataConfig, LengthShare
+from train.data.documents import FIM_TOKENS, REPO_TOKENS, Tokenise, check_special_tokens, mean_tokens
+from train.data.packing import BestFit, Concat
+from train.data.sources import Source, open_source
+
+PREFETCHED_BATCHES = 2
+_DOCUMENTS_PER_WORKER = 64  # tokenised ahead by each worker
+
+Batch = dict[str, np.ndarray]
+
+
+def make_loader(
+    config: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+) -> DataIterator:
+    """This process's rows of every batch.
+
+    `next()` gives a dict of arrays [batch_size / process_count, sequence_length]: tokens, targets (the next token of
+    the same document), positions (from 0 in each segment) and segment_ids (0 is padding, 1, 2, ... the row's segments),
+    all int32, and loss_mask float32, which is 0 at padding and where a document has ended. Rows of different processes
+    come from different documents. Raises InputError when a source or the config cannot be used.
+    """
+    if not 0 <= process_index < process_count:
+        raise InputError(f"process_index is {process_index}, which must be from 0 to {process_count - 1}.")
+    if config.batch_size % process_count:
+        raise InputError(
+            f"a batch of {config.batch_size} rows cannot be divided among {process_count} processes; "
+            f"use a multiple of {process_count}."
+        )
+    if config.fim_rate:
+        check_special_tokens(tokenizer, FIM_TOKENS, "fill-in-the-middle")
+    if any(source.repo_level for source in config.sources):
+        check_special_tokens(tokenizer, REPO_TOKENS, "repo_level")
+    sources = [open_source(source) for source in config.sources]
+    documents, epoch = _documents(config, sources, tokenizer, slice(process_index, None, process_count))
+    shares = config.length_shares or (LengthShare(1.0),)
+    rows = [
+        _packed(Documents(documents, share, epoch, config.num_workers), config, tokenizer.pad_id) for share in shares
+    ]
+    dataset = rows[0] if len(rows) == 1 else grain.IterDataset.mix(rows, [share.share for share in shares])
+    dataset = dataset.batch(config.batch_size // process_count)
+    identity = {
+        **dataclasses.asdict(dataclasses.replace(config, sources=config.sources[:1])),
+        "sources": [
+            {"documents": len(source), "weight": c.weight, "repo_level": c.repo_level}
+            for source, c in zip(sources, config.sources, strict=True)
+        ],
+        "tokens in the vocabulary": len(tokenizer),
+        "process_index": process_index,
+        "process_count": process_count,
+    }
+    del identity["num_workers"]  # any number of workers gives the same batches
+    return DataIterator(dataset, identity, config.batch_size // process_count, tokenizer.pad_id)
+
+
+class DataIterator:
+    """Batches, two of them prepared ahead in a thread. Close it, or use it in `with`, to end its worker processes."""
+
+    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], rows: int, pad_id: int) -> None:
+        self._identity = json.loads(json.dumps(identity))  # as a checkpoint gives it back
+        self._rows, self._pad_id = rows, pad_id
+        self._batches = grain.experimental.ThreadPrefetchIterDataset(
+            dataset, prefetch_buffer_size=PREFETCHED_BATCHES
+        ).__iter__()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return _full(next(self._batches), self._rows, self._pad_id)
+
+    def get_state(self) -> dict[str, Any]:
+        """The place after the last batch that was taken, a few hundred bytes that `json` can hold."""
+        return {"config": copy.deepcopy(self._identity), "place": copy.deepcopy(self._batches.get_state())}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `get_state` was called: the next batches equal those of an uninterrupted run, bit for bit.
+
+        Raises InputError when the state is of other data, another config, or another process.
+        """
+        if changed := [name for name in self._identity if state["config"].get(name) != self._identity[name]]:
+            raise InputError(
+                f"the saved place is of other data: {changed[0]} was {state['config'].get(changed[0])} and is now "
+                f"{self._identity[changed[0]]}; restore the old setting, or start the data afresh."
+            )
+        self._batches.set_state(copy.deepcopy(state["place"]))
+
+    def close(self) -> None:
+        """Ends threads and worker processes; no batch can be taken afterwards."""
+        self._batches.close()
+
+    def __enter__(self) -> DataIterator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Documents(grain.IterDataset):
+    """Tokenised documents of some lengths, in order. Its state is one number, whatever the number of workers.
+
+    A document of fewer than two tokens has nothing to learn and is left out. Raises InputError when a whole epoch holds
+    no document that fits.
+    """
+
+    def __init__(self, documents: grain.MapDataset, lengths: LengthShare, epoch: int, num_workers: int) -> None:
+        super().__init__()
+        self.documents, self.lengths, self.epoch, self.num_workers = documents, lengths, epoch, num_workers
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _DocumentsIterator(self)
+
+
+class _DocumentsIterator(grain.DatasetIterator):
+    def __init__(self, dataset: Documents) -> None:
+        super().__init__()
+        self._dataset = dataset
+        self._next, self._left_out = 0, 0
+        self._source: grain.DatasetIterator | None = None
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        shortest, longest = max(2, self._dataset.lengths.min_tokens), self._dataset.lengths.max_tokens or math.inf
+        if self._source is None:
+            self._source = self._from(self._next)
+        while True:
+            document = next(self._source)
+            self._next += 1
+            if shortest <= len(document["tokens"]) < longest:
+                self._left_out = 0
+                return document
+            self._left_out += 1
+            if self._left_out >= self._dataset.epoch:
+                limit = "or more" if longest == math.inf else f"to {longest - 1}"
+                raise InputError(
+                    f"none of {self._left_out} documents, a whole epoch, has {shortest} {limit} tokens; "
+                    "change the length shares, or add documents."
+                )
+
+    def _from(self, start: int) -> grain.DatasetIterator:
+        dataset = self._dataset.documents.slice(slice(start, None))
+        read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        if not flags.FLAGS.is_parsed():  # grain's workers ask for its flags, which only an absl program parses
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(self._dataset.num_workers, _DOCUMENTS_PER_WORKER)
+        return read.mp_prefetch(options).__iter__()
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next": self._next}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if self._source is not None:
+            self._source.close()
+        self._source, self._next, self._left_out = None, state["next"], 0
+
+    def close(self) -> None:
+        super().close()
+        if self._source is not None:
+            self._source.close()
+
+
+def _documents(
+    config: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer, shard: slice
+) -> tuple[grain.MapDataset, int]:
+    """This process's mixture of tokenised documents, and how many of it show each of its documents at least once."""
+    tokenise = Tokenise(tokenizer, fim_rate=config.fim_rate, max_tokens=config.sequence_length)
+    streams = []
+    for number, source in enumerate(sources):
+        # far apart, because grain adds the epoch's number to the seed
+        digest = hashlib.sha256(f"{config.seed} {number}".encode()).digest()
+        seed = int.from_bytes(digest[:4], "little")
+        stream = grain.MapDataset.source(source)
+        if config.shuffle:
+            stream = stream.shuffle(seed=seed)
+        # Cut into shards before mixing: every n-th of a mixture would hold other shares of the sources
+        stream = stream.repeat(config.epochs).random_map(tokenise, seed=seed).slice(shard)
+        if not len(stream):
+            raise InputError(
+                f"{config.sources[number].path} has {len(source)} documents for {shard.step} processes; "
+                "use fewer processes, more epochs or more documents."
+            )
+        streams.append(stream)
+    if len(streams) == 1:
+        return streams[0], -(-len(sources[0]) // shard.step)
+    weights = [
+        source.weight / mean_tokens(opened, tokenise) for source, opened in zip(config.sources, sources, strict=True)
+    ]
+    epoch = max(len(source) * sum(weights) / weight for source, weight in zip(sources, weights, strict=True))
+    return grain.MapDataset.mix(streams, weights), math.ceil(epoch / shard.step)
+
+
+def _packed(documents: Documents, config: DataConfig, pad_id: int) -> grain.IterDataset:
+    if config.packing == "concat":
+        return Concat(documents, length=config.sequence_length, pad_id=pad_id)
+    return BestFit(documents, length=config.sequence_length, pad_id=pad_id, seed=config.seed)
+
+
+def _full(batch: Batch, rows: int, pad_id: int) -> Batch:
+    """The last batch of a finite run, filled up with rows of padding."""
+    missing = rows - len(batch["tokens"])
+    if not missing:
+        return batch
+    return {
+        name: np.pad(array, ((0, missing), (0, 0)), constant_values=pad_id if name in ("tokens", "targets") else 0)
+        for name, array in batch.items()
+    }
