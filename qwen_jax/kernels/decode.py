@@ -21,7 +21,7 @@ LANES, SUBLANES = 128, 8
 BLOCK_BYTES, LONGEST_BLOCK = 1 << 20, 1024
 # Each page is a transfer of its own, and starting one takes scalar work.
 PAGES_PER_STEP = 16
-Block = tuple[tuple[int | None, ...], Callable[..., tuple[Any, ...]]]  # a block's shape and its index map
+Block = tuple[tuple[Any, ...], Callable[..., tuple[Any, ...]]]  # a block's shape and its index map
 UNSEEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -50,7 +50,8 @@ def decode_attention(
     128 that divides C. Raises InputError for arrays that do not fit together.
     """
     if layer is None:
-        k, v, k_scale, v_scale = (None if x is None else x[None] for x in (k, v, k_scale, v_scale))
+        k, v = k[None], v[None]
+        k_scale, v_scale = (None if x is None else x[None] for x in (k_scale, v_scale))
     _check(q, k, v, k_scale, v_scale, k.shape[:-1], chunk_length)
     num_kv_heads, capacity, head_dim = k.shape[-3:]
     block = block or _keys_per_step(num_kv_heads, k, capacity, chunk_length, LANES)
@@ -205,6 +206,9 @@ def _check(
         raise InputError(f"q has the shape {q.shape}; it must be {wanted}.")
     if k.ndim != 5 or k.shape != v.shape or k.dtype != v.dtype or k.shape[-1] != q.shape[-1]:
         raise InputError(f"k {k.dtype}{k.shape} and v {v.dtype}{v.shape} must be alike, and as wide as q {q.shape}.")
+    num_kv_heads = scale_shape[-2]
+    if q.shape[-2] % num_kv_heads:
+        raise InputError(f"q has {q.shape[-2]} heads, k and v {num_kv_heads}; q's must be a multiple of theirs.")
     if (k.dtype == jnp.int8) != (k_scale is not None and v_scale is not None):
         raise InputError(f"k and v are {k.dtype}; int8 needs k_scale and v_scale, and only int8 takes them.")
     for scale in (k_scale, v_scale):
@@ -279,11 +283,13 @@ def _attend(
     tokens_in_lanes = head_dim < LANES and blocks[0][0][-2] % LANES == 0
     operands, in_specs = [], []
     for array, of in zip(cache, (blocks, blocks, scale_blocks, scale_blocks), strict=True):
-        for shape, index in of if array is not None else ():
-            if tokens_in_lanes and of is blocks:
-                shape, index = _swap(shape), functools.partial(_swapped, index)
-            operands.append(array.swapaxes(3, 4) if tokens_in_lanes and of is blocks else array)
-            in_specs.append(pl.BlockSpec(shape, index))
+        if array is None:
+            continue
+        if tokens_in_lanes and of is blocks:
+            array = array.swapaxes(3, 4)
+            of = [(_swap(shape), functools.partial(_swapped, index)) for shape, index in blocks]
+        operands += [array] * len(of)
+        in_specs += [pl.BlockSpec(shape, index) for shape, index in of]
 
     def of_row(*at: Any) -> tuple[Any, ...]:
         return 0, _place(*at)[0], 0, 0, 0
@@ -360,7 +366,7 @@ def _kernel(*refs: Any, num_prefetched: int, parts: int, block: int, chunk_lengt
         def scale(refs: list[Any]) -> jax.Array:
             return jnp.concatenate([ref[head : head + 1] for ref in refs], axis=1)  # [1, block]
 
-        def seen(shape: tuple[int, int], axis: int) -> jax.Array:
+        def seen(shape: tuple[int, ...], axis: int) -> jax.Array:
             positions = start + lax.broadcasted_iota(jnp.int32, shape, axis)
             return (positions < length) & (positions >= window_start)
 
