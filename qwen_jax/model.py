@@ -9,13 +9,15 @@ K key/value heads, h head width, V vocabulary rows, E experts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from qwen_jax.cache import Cache
@@ -27,8 +29,42 @@ from qwen_jax.layers.mlp import Mlp
 from qwen_jax.layers.moe import Moe, RouterStats
 from qwen_jax.layers.norm import RMSNorm
 from qwen_jax.layers.rope import Rotary, rotary_tables
+from qwen_jax.sharding import check_divides, constrain, shardings
 
 Params = dict[str, Any]
+
+# What of each layer the backward pass finds again instead of recomputing it, from most memory to least: everything;
+# all matrix products and the attention; the projections; nothing but the layer's input; and that in host memory.
+Remat = Literal["none", "minimal", "dots", "full", "offload"]
+
+
+def rematerialised(function: Any, remat: Remat) -> Any:
+    """`function` under a named rematerialisation policy. Raises InputError for a name that there is not."""
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":
+            return function
+        case "minimal":
+            policy = policies.save_from_both_policies(
+                policies.dots_saveable, policies.save_only_these_names("attention")
+            )
+        case "dots":
+            policy = policies.dots_with_no_batch_dims_saveable
+        case "full":
+            policy = policies.nothing_saveable
+        case "offload":
+            policy = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=["residual"],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        case _:
+            raise InputError(
+                f"there is no rematerialisation policy {remat!r}; use one of {', '.join(get_args(Remat))}."
+            )
+    # a layer in a scan is not merged with its own recomputation anyway
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
 class Block(nn.Module):
@@ -48,17 +84,17 @@ class Block(nn.Module):
         only: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Cache | None, RouterStats | None]:
         c, std = self.config, self.config.initializer_range
-        norm = RMSNorm(c.rms_norm_eps, "embed", name="attention_norm")
+        norm = RMSNorm(c.rms_norm_eps, "norm", name="attention_norm")
         y, kv, cache = Attention(c, name="attention")(norm(x), rotary, spec, cache, layer, only)
         x, is_token = take_token((x, is_token), only)
-        x += y
-        normed = RMSNorm(c.rms_norm_eps, "embed", name="mlp_norm")(x)
+        x = constrain(x + y, "batch", "residual", None)
+        normed = RMSNorm(c.rms_norm_eps, "norm", name="mlp_norm")(x)
         if c.moe:
             y, router = Moe(c.moe, c.hidden_size, std, name="moe")(normed, is_token)
         else:
             down_std = residual_std(std, c.num_layers) if c.model_type == "qwen" else std
             y, router = Mlp(c.hidden_size, c.intermediate_size, std, down_std, name="mlp")(normed), None
-        return x + y, kv, cache, router
+        return constrain(x + y, "batch", "residual", None), kv, cache, router
 
 
 class Output(flax.struct.PyTreeNode):
@@ -91,7 +127,7 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> Params:
     params = {
         "embed": _embedding(config).init(embed_key, index)["params"],
         "layers": layers,
-        "final_norm": RMSNorm(config.rms_norm_eps, "embed").init(key, x)["params"],
+        "final_norm": RMSNorm(config.rms_norm_eps, "norm").init(key, x)["params"],
     }
     if not config.tie_word_embeddings:
         params["lm_head"] = _embedding(config).init(head_key, index)["params"]
@@ -112,6 +148,12 @@ def abstract(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
 def logical_axes(config: ModelConfig) -> Params:
     """The parameter tree with a PartitionSpec of logical axis names in place of each leaf."""
     return nn.get_partition_spec(jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0)))
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    """The parameter tree with each leaf's NamedSharding on `mesh`. Raises InputError if the model does not divide."""
+    check_divides(config, dict(mesh.shape))
+    return shardings(logical_axes(config), abstract(config), mesh)
 
 
 def unstack(params: Params) -> Params:
@@ -140,6 +182,7 @@ def forward(
     return_layers: bool = False,
     only: jax.Array | None = None,
     dtype: DTypeLike | None = None,
+    remat: Remat = "none",
 ) -> Output:
     """Runs the network on tokens [B, T] int32.
 
@@ -149,7 +192,8 @@ def forward(
     int32: true sequence lengths, which switch on what is done at inference only (see `rotary_tables`); a cache carries
     its own. keep_kv: return the new keys and values. return_layers: return the residual stream after each layer. only
     [B] int32, without return_layers: the index of the one token in each row whose hidden state is wanted, as [B, 1, D];
-    an unrolled last layer computes no more. dtype: of the activations; default the embedding's.
+    an unrolled last layer computes no more. dtype: of the activations; default the embedding's. remat: what gradients
+    recompute.
     """
     num_tokens = tokens.shape[1]
     longest = num_tokens if cache is None else cache.capacity
@@ -163,7 +207,12 @@ def forward(
     key_positions = positions if cache is None else jnp.arange(cache.capacity)[None]
     key_segments = segment_ids if cache is None else None
     spec = AttentionSpec(
-        positions, key_positions, segment_ids, key_segments, same_tokens=cache is None, chunk_length=chunk_length
+        positions,
+        key_positions,
+        segment_ids,
+        key_segments,
+        offset=0 if cache is None else None,
+        chunk_length=chunk_length,
     )
     rotary = rotary_tables(config, positions, lengths, dual_chunk=chunk_length is not None)
     is_token = None if segment_ids is None else segment_ids != 0
@@ -193,16 +242,17 @@ def forward(
 
         def scanned(carry: Any, per_layer: Any) -> tuple[Any, Any]:
             x, cache = carry
+            x = checkpoint_name(x, "residual")
             layer_params, layer, window = per_layer
             x, kv, cache, router = run(layer_params, x, cache, layer, window)
             return (x, cache), (kv if keep_kv else None, router, x if return_layers else None)
 
         per_layer = (params["layers"], jnp.arange(config.num_layers), window)
-        (x, cache), (kv, router, layers) = lax.scan(scanned, (x, cache), per_layer)
+        (x, cache), (kv, router, layers) = lax.scan(rematerialised(scanned, remat), (x, cache), per_layer)
         layers = jnp.concatenate([residuals[0][None], layers]) if return_layers else None
         x = take_token(x, only)
 
-    hidden: Any = RMSNorm(config.rms_norm_eps, "embed").apply({"params": params["final_norm"]}, x)
+    hidden: Any = RMSNorm(config.rms_norm_eps, "norm").apply({"params": params["final_norm"]}, x)
     return Output(hidden, cache, kv if keep_kv else None, layers, router)
 
 
@@ -210,4 +260,4 @@ def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array
     """float32 logits [..., V] of hidden states [..., D]; give it only the positions whose logits are needed."""
     head = params["embed"] if config.tie_word_embeddings else params["lm_head"]
     logits: Any = _embedding(config).apply({"params": head}, hidden, method="logits")
-    return logits
+    return constrain(logits, "batch", *["sequence"] * (logits.ndim - 2), "vocab")

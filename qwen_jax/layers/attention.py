@@ -13,6 +13,8 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.layers.linear import Linear, residual_std
 from qwen_jax.layers.norm import RMSNorm
 from qwen_jax.layers.rope import Rotary, rotate
+from qwen_jax.layers.sharded_attention import repeat_heads, sharded_attention
+from qwen_jax.sharding import constrain, current_mesh
 
 # Long prompts attend in blocks of queries, which bounds the [B, H, T, S] scores that the plain computation holds.
 QUERY_BLOCK = 512
@@ -28,8 +30,8 @@ class AttentionSpec(flax.struct.PyTreeNode):
     query_segments: jax.Array | None = None  # [B, T]
     key_segments: jax.Array | None = None  # [B, S]
     window: jax.Array | int | None = None
-    # whether key i is query i's own token, so that no query sees a key further along than itself
-    same_tokens: bool = flax.struct.field(pytree_node=False, default=False)
+    # Where key `offset + i` is query i's own token, so that no query sees a key further along than that. None: unknown.
+    offset: jax.Array | int | None = None
     # Dual Chunk Attention: tokens per chunk. Queries then come as three, for keys 0, 1, and 2 or more chunks back.
     chunk_length: int | None = flax.struct.field(pytree_node=False, default=None)
 
@@ -65,33 +67,42 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> 
 
     With `spec.chunk_length`, q is [3, B, T, H, h]: every query as it is turned toward keys of its own chunk, of the one
     before, and of earlier ones (Dual Chunk Attention, arXiv 2402.17463), in one softmax. Returns [B, T, H, h] in q's
-    dtype.
+    dtype. On a mesh every device attends with its own rows, heads and part of the sequence.
     """
+    mesh = current_mesh()
+    return attend(q, k, v, spec)[0] if mesh is None else sharded_attention(attend, q, k, v, spec, mesh)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
+    """`attention` on one device, and the log-sum-exp of the scores, float32 [B, H, T], by which parts are merged."""
     num_queries = q.shape[-3]
-    if spec.same_tokens and num_queries <= CAUSAL_BLOCKS * QUERY_BLOCK:
+    if isinstance(spec.offset, int) and spec.offset == 0 and num_queries <= CAUSAL_BLOCKS * QUERY_BLOCK:
         size = max(SMALLEST_BLOCK, -(-num_queries // CAUSAL_BLOCKS))
-        out = [
-            _attend(q[..., i : i + size, :, :], k[:, :, : i + size], v[:, :, : i + size], spec.block(i, i + size))
+        parts = [
+            plain_attention(
+                q[..., i : i + size, :, :], k[:, :, : i + size], v[:, :, : i + size], spec.block(i, i + size)
+            )
             for i in range(0, num_queries, size)
         ]
-        return jnp.concatenate(out, axis=1)
+        return jnp.concatenate([out for out, _ in parts], axis=1), jnp.concatenate([lse for _, lse in parts], axis=2)
     if num_queries <= QUERY_BLOCK or num_queries % QUERY_BLOCK:
-        return _attend(q, k, v, spec)
+        return plain_attention(q, k, v, spec)
 
     def blocks(x: jax.Array | None, axis: int = 1) -> jax.Array | None:
         if x is None:
             return None
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0)
 
-    def one(block: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+    def one(block: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
         query, positions, segments = block
-        return _attend(query, k, v, spec.replace(query_positions=positions, query_segments=segments))
+        return plain_attention(query, k, v, spec.replace(query_positions=positions, query_segments=segments))
 
-    out = lax.map(one, (blocks(q, q.ndim - 3), blocks(spec.query_positions), blocks(spec.query_segments)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[-4:])
+    out, lse = lax.map(one, (blocks(q, q.ndim - 3), blocks(spec.query_positions), blocks(spec.query_segments)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[-4:]), jnp.moveaxis(lse, 0, 2).reshape(*lse.shape[1:3], -1)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
+    """`attend` as the formula has it, all scores at once: what every other implementation must equal."""
     (batch, num_queries, num_heads, head_dim), dtype = q.shape[-4:], q.dtype
     num_kv_heads = k.shape[1]
     groups = num_heads // num_kv_heads  # query head i reads key/value head i // G
@@ -107,14 +118,17 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> ja
         scores = scores[:, :, 0]
     seen = spec.mask()[:, None, None]  # [B, 1, 1, T, S]
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    lse = (largest + jnp.log(total)).reshape(batch, num_heads, num_queries)
     # normalised after the second product, which has fewer elements than the weights
-    total = jnp.sum(weights, axis=-1).reshape(batch, num_kv_heads, groups * num_queries, 1)
+    total = total.reshape(batch, num_kv_heads, groups * num_queries, 1)
     weights = weights.reshape(batch, num_kv_heads, groups * num_queries, -1)
     out = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
     out = out.reshape(batch, num_kv_heads, groups, num_queries, head_dim)
     out = jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, num_queries, num_heads, head_dim)
-    return out.astype(dtype)
+    return out.astype(dtype), lse
 
 
 def take_token(tree: Any, index: jax.Array | None) -> Any:
@@ -147,7 +161,8 @@ class Attention(nn.Module):
 
         def heads(x: jax.Array, name: str, num: int, axis: str) -> jax.Array:
             shape, axes = (num, c.head_dim), (axis, "head_dim")
-            return Linear(shape, (c.hidden_size,), axes, ("embed",), c.qkv_bias, c.initializer_range, name=name)(x)
+            y = Linear(shape, (c.hidden_size,), axes, ("embed",), c.qkv_bias, c.initializer_range, name=name)(x)
+            return constrain(y, "batch", "sequence", axis, None)
 
         q = heads(take_token(x, only), "q", c.num_heads, "heads")  # [B, T, H, h]
         k = heads(x, "k", c.num_kv_heads, "kv_heads")  # [B, T, K, h]
@@ -158,14 +173,14 @@ class Attention(nn.Module):
         queries = [rotate(q, tables) for tables in take_token(rotary.query, only)]
         q = jnp.stack(queries) if spec.chunk_length else queries[0]
         k = rotate(k, rotary.key)
-        k, v = (jnp.swapaxes(new, 1, 2) for new in (k, v))  # [B, K, T, h]
+        k, v = (jnp.swapaxes(repeat_heads(new), 1, 2) for new in (k, v))  # [B, K, T, h]
         keys, values = k, v
         if cache is not None:
             cache, keys, values = cache.append(layer, k, v, spec.query_positions)
         if only is not None:
             positions, segments = take_token((spec.query_positions, spec.query_segments), only)
-            spec = spec.replace(query_positions=positions, query_segments=segments, same_tokens=False)
-        out = attention(q, keys, values, spec)
+            spec = spec.replace(query_positions=positions, query_segments=segments, offset=None)
+        out = constrain(attention(q, keys, values, spec), "batch", "sequence", "heads", None)
         std = residual_std(c.initializer_range, c.num_layers) if c.model_type == "qwen" else c.initializer_range
         project_out = Linear(
             (c.hidden_size,), (c.num_heads, c.head_dim), ("embed",), ("heads", "head_dim"), std=std, name="o"

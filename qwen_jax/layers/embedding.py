@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from qwen_jax.layers.linear import project
 from qwen_jax.layers.param import declare
+from qwen_jax.sharding import constrain
 
 
 class Embedding(nn.Module):
@@ -21,8 +22,9 @@ class Embedding(nn.Module):
         self.embedding = declare(self, "embedding", init, shape, ("vocab", "embed"))
 
     def __call__(self, tokens: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        """Rows of the table for int tokens [...], as [..., D]."""
-        return jnp.take(self.embedding, tokens, axis=0).astype(dtype or self.embedding.dtype)
+        """Rows of the table for int tokens [B, T], as [B, T, D]."""
+        rows = jnp.take(self.embedding, tokens, axis=0).astype(dtype or self.embedding.dtype)
+        return constrain(rows, "batch", "residual", None)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""

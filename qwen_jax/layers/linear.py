@@ -19,14 +19,15 @@ def project(kernel: jax.Array, x: jax.Array, num_in: int = 1) -> jax.Array:
     One plain matrix product. For few rows of x the kernel is the left operand, because XLA:CPU then streams it at
     memory bandwidth, and the right one for many (docs/performance.md); other backends choose the order themselves.
     """
-    out_shape, batch_shape = kernel.shape[: kernel.ndim - num_in], x.shape[: x.ndim - num_in]
+    num_out, num_batch = kernel.ndim - num_in, x.ndim - num_in
+    out_shape, batch_shape = kernel.shape[:num_out], x.shape[:num_batch]
+    if math.prod(batch_shape) > FEW_ROWS:
+        # axes stay apart: rows and sequence may be split over different axes of a mesh
+        contract = (tuple(range(num_batch, x.ndim)), tuple(range(num_out, kernel.ndim)))
+        return lax.dot_general(x, kernel, (contract, ((), ())), preferred_element_type=jnp.float32)
     matrix = kernel.reshape(math.prod(out_shape), -1)  # [out, in]
     rows = x.reshape(math.prod(batch_shape), -1)  # [rows, in]
-    contract = (((1,), (1,)), ((), ()))
-    if rows.shape[0] <= FEW_ROWS:
-        y = lax.dot_general(matrix, rows, contract, preferred_element_type=jnp.float32).T
-    else:
-        y = lax.dot_general(rows, matrix, contract, preferred_element_type=jnp.float32)
+    y = lax.dot_general(matrix, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).T
     return y.reshape(*batch_shape, *out_shape)
 
 

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 
 from qwen_jax.layers.linear import Linear
+from qwen_jax.sharding import constrain
 
 
 class Mlp(nn.Module):
@@ -13,17 +14,13 @@ class Mlp(nn.Module):
     features: int
     std: float = 0.02
     down_std: float = 0.02
-    features_axis: str = "mlp"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def widen(name: str) -> Linear:
-            return Linear(
-                (self.features,), (self.hidden_size,), (self.features_axis,), ("embed",), std=self.std, name=name
-            )
+            return Linear((self.features,), (self.hidden_size,), ("mlp",), ("embed",), std=self.std, name=name)
 
         hidden = nn.silu(widen("gate")(x)) * widen("up")(x)  # [B, T, F]
-        down = Linear(
-            (self.hidden_size,), (self.features,), ("embed",), (self.features_axis,), std=self.down_std, name="down"
-        )
+        hidden = constrain(hidden, "batch", "sequence", "mlp")
+        down = Linear((self.hidden_size,), (self.features,), ("embed",), ("mlp",), std=self.down_std, name="down")
         return down(hidden)

@@ -10,6 +10,8 @@ from qwen_jax.config import MoeConfig
 from qwen_jax.layers.linear import Linear
 from qwen_jax.layers.mlp import Mlp
 from qwen_jax.layers.param import declare
+from qwen_jax.layers.sharded_experts import sharded_experts
+from qwen_jax.sharding import constrain, current_mesh
 
 # lhs [rows, in] grouped along rows, rhs [E, out, in]
 _GROUPED = lax.RaggedDotDimensionNumbers(
@@ -34,26 +36,53 @@ def load_balancing_loss(stats: RouterStats) -> jax.Array:
     return stats.assignments.shape[-1] * jnp.sum(fraction * prob)
 
 
+def expert_mlp(rows: jax.Array, group_sizes: jax.Array, kernels: tuple[jax.Array, ...]) -> jax.Array:
+    """Each expert's SwiGLU on its rows: rows [N, D], the first group_sizes[0] of them for expert 0 and so on.
+
+    kernels: gate and up [E, M, D], down [E, D, M]. Returns float32 [N, D]; rows beyond the groups are undefined.
+    """
+
+    def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.ragged_dot_general(x, kernel, group_sizes, _GROUPED, preferred_element_type=jnp.float32)
+
+    gate, up, down = kernels
+    return grouped(nn.silu(grouped(rows, gate).astype(rows.dtype)) * grouped(rows, up).astype(rows.dtype), down)
+
+
+def routed(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: tuple[jax.Array, ...]) -> jax.Array:
+    """sum_k weights[n, k] expert_{chosen[n, k]}(x[n]); x [N, D], chosen and weights [N, k]; float32 [N, D]."""
+    num_experts, top_k = kernels[0].shape[0], chosen.shape[-1]
+    order = jnp.argsort(chosen.reshape(-1), stable=True)  # rows by expert
+    rows = jnp.take(x, order // top_k, axis=0)  # [N k, D]
+    out = expert_mlp(rows, jnp.bincount(chosen.reshape(-1), length=num_experts), kernels)
+    out = jnp.zeros_like(out).at[order].set(out).reshape(*chosen.shape, -1)  # [N, k, D]
+    return jnp.sum(out * weights.astype(jnp.float32)[..., None], axis=1)
+
+
 class Experts(nn.Module):
-    """E SwiGLU feed-forwards applied to rows already sorted by expert."""
+    """E SwiGLU feed-forwards, of which each token is given to the ones that were chosen for it."""
 
     moe: MoeConfig
     hidden_size: int
     std: float
 
     @nn.compact
-    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """rows [N, D], the first group_sizes[0] of them for expert 0 and so on; returns float32 [N, D]."""
+    def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+        """x [B, T, D]; chosen int and weights, both [B, T, k]; the weighted sum, [B, T, D]."""
         wide = (self.moe.num_experts, self.moe.expert_intermediate_size, self.hidden_size)
         narrow = (self.moe.num_experts, self.hidden_size, self.moe.expert_intermediate_size)
 
-        def grouped(name: str, shape: tuple[int, ...], axes: tuple[str, ...], x: jax.Array) -> jax.Array:
-            kernel = declare(self, name, nn.initializers.normal(self.std), shape, ("expert", *axes)).astype(x.dtype)
-            return lax.ragged_dot_general(x, kernel, group_sizes, _GROUPED, preferred_element_type=jnp.float32)
+        def kernel(name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+            return declare(self, name, nn.initializers.normal(self.std), shape, ("expert", *axes)).astype(x.dtype)
 
-        gate = grouped("gate", wide, ("expert_mlp", "embed"), rows).astype(rows.dtype)
-        up = grouped("up", wide, ("expert_mlp", "embed"), rows).astype(rows.dtype)
-        return grouped("down", narrow, ("embed", "expert_mlp"), nn.silu(gate) * up)
+        wide_axes, narrow_axes = ("expert_mlp", "expert_embed"), ("expert_embed", "expert_mlp")
+        kernels = (kernel("gate", wide, wide_axes), kernel("up", wide, wide_axes), kernel("down", narrow, narrow_axes))
+        mesh = current_mesh()
+        if mesh is not None:
+            return sharded_experts(routed, expert_mlp, x, chosen, weights, kernels, mesh)
+        flat = x.reshape(-1, x.shape[-1])
+        y = routed(flat, chosen.reshape(len(flat), -1), weights.reshape(len(flat), -1), kernels)
+        return y.astype(x.dtype).reshape(x.shape)
 
 
 class Moe(nn.Module):
@@ -66,32 +95,25 @@ class Moe(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, is_token: jax.Array | None) -> tuple[jax.Array, RouterStats]:
         """x [B, T, D]; is_token [B, T] bool is False at padding, which is computed but not counted."""
-        moe, dtype = self.moe, x.dtype
-        flat = x.reshape(-1, x.shape[-1])  # [N, D]
-        router = Linear((moe.num_experts,), (self.hidden_size,), ("expert",), ("embed",), std=self.std, name="router")
-        probs = nn.softmax(router(flat).astype(jnp.float32), axis=-1)  # [N, E]
-        weights, chosen = lax.top_k(probs, moe.top_k)  # [N, k]
+        moe = self.moe
+        router = Linear((moe.num_experts,), (self.hidden_size,), ("router",), ("embed",), std=self.std, name="router")
+        logits = constrain(router(x).astype(jnp.float32), "batch", "sequence", None)
+        probs = nn.softmax(logits, axis=-1)  # [B, T, E]
+        weights, chosen = lax.top_k(probs, moe.top_k)  # [B, T, k]
         if moe.norm_topk_prob:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        weights = weights.astype(dtype)
-
-        order = jnp.argsort(chosen.reshape(-1), stable=True)  # rows by expert
-        one_hot = jax.nn.one_hot(chosen, moe.num_experts, dtype=jnp.float32).sum(1)  # [N, E]
-        group_sizes = one_hot.sum(0).astype(jnp.int32)
-        rows = jnp.take(flat, order // moe.top_k, axis=0)  # [N k, D]
-        out = Experts(moe, self.hidden_size, self.std, name="experts")(rows, group_sizes)
-        out = jnp.zeros_like(out).at[order].set(out).reshape(*chosen.shape, -1)  # [N, k, D]
-        y = jnp.sum(out * weights.astype(jnp.float32)[..., None], axis=1).astype(dtype)
+        y = Experts(moe, self.hidden_size, self.std, name="experts")(x, chosen, weights.astype(x.dtype))
 
         if moe.shared_intermediate_size:
             gate = Linear((1,), (self.hidden_size,), ("shared_gate",), ("embed",), std=self.std, name="shared_gate")
             shared = Mlp(self.hidden_size, moe.shared_intermediate_size, self.std, self.std, name="shared")
-            y += nn.sigmoid(gate(flat)) * shared(flat)
+            y += nn.sigmoid(gate(x)) * shared(x)
 
-        counted = jnp.ones(flat.shape[:1]) if is_token is None else is_token.reshape(-1).astype(jnp.float32)
+        counted = jnp.ones(x.shape[:2]) if is_token is None else is_token.astype(jnp.float32)
+        one_hot = jax.nn.one_hot(chosen, moe.num_experts, dtype=jnp.float32).sum(2)  # [B, T, E]
         stats = RouterStats(
-            assignments=jnp.sum(one_hot * counted[:, None], 0),
-            prob_sums=jnp.sum(probs * counted[:, None], 0),
+            assignments=jnp.sum(one_hot * counted[..., None], (0, 1)),
+            prob_sums=jnp.sum(probs * counted[..., None], (0, 1)),
             num_tokens=jnp.sum(counted),
         )
-        return y.reshape(x.shape), stats
+        return y, stats
