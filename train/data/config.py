@@ -17,7 +17,8 @@ class SourceConfig:
     """One collection of documents."""
 
     path: str
-    """A file, a folder, a pattern such as `data/**/*.jsonl`, or a Hugging Face data set's id or folder."""
+    """A file, a folder, a pattern such as `data/**/*.jsonl`, a Hugging Face data set's id or folder, or one of our
+    corpora: `corpus:python`, `corpus:english`, `corpus:chinese`."""
     weight: float = 1.0
     """Share of the tokens, relative to the other sources' weights."""
     format: Format = "auto"
@@ -25,7 +26,7 @@ class SourceConfig:
     text_field: str = "text"
     """The field of a record that holds the text."""
     split: str = "train"
-    """Of a Hugging Face data set."""
+    """Of a Hugging Face data set; our corpora have `train` and `held-out`."""
     repo_level: bool = False
     """Documents are whole repositories: records with `repo_name` and `files`, or one sub-folder each."""
 

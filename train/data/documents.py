@@ -80,7 +80,7 @@ def mean_tokens(source: Any, tokenise: Tokenise, *, documents: int = 1000, token
     The bytes are the mean of `documents` of them, the tokens per byte that of the first 4 KiB of `tokenised` ones.
     """
     spread = np.linspace(0, len(source) - 1, min(documents, len(source))).astype(int)
-    texts = [_plain(source[int(index)]) for index in spread]
+    texts = [plain_text(source[int(index)]) for index in spread]
     some = [text[:4096] for text in texts[:: -(-len(texts) // tokenised)]]
     rng = np.random.default_rng(0)
     tokens = sum(len(tokenise.random_map(text, rng)["tokens"]) for text in some)
@@ -88,5 +88,6 @@ def mean_tokens(source: Any, tokenise: Tokenise, *, documents: int = 1000, token
     return max(1.0, rate * float(np.mean([len(text.encode()) for text in texts])))
 
 
-def _plain(document: Document) -> str:
+def plain_text(document: Document) -> str:
+    """A document's text; of a repository, the files with their paths."""
     return document if isinstance(document, str) else "\n".join(f"{path}\n{text}" for path, text in document.files)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import bisect
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -27,6 +28,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.weights._files import progress_bar, writing
 from qwen_jax.weights.default_model import cache_folder
 from train.data.config import SourceConfig
+from train.data.corpora import corpus_file
 
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
@@ -69,6 +71,9 @@ def open_source(config: SourceConfig) -> Source:
 
 
 def _open(config: SourceConfig) -> Source:
+    if config.path.startswith("corpus:"):
+        file = corpus_file(config.path.removeprefix("corpus:"), config.split)
+        return _open(dataclasses.replace(config, path=str(file), format="jsonl", text_field="text"))
     if config.format == "hf":
         return HuggingFace(config)
     path = Path(config.path)
