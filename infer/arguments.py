@@ -21,11 +21,13 @@ class ModelArguments:
     """`default` (Qwen2.5-Coder-0.5B-Instruct), a local folder, a .gguf file, or a Hugging Face id."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of weights and activations."""
+    mesh: str | None = None
+    """Split the model over all devices, for example `tensor=4`; default the first device alone."""
 
     def load(self) -> Qwen:
         from infer.qwen import load
 
-        return load(self.model, dtype=self.dtype, progress=sys.stderr.isatty())
+        return load(self.model, dtype=self.dtype, mesh=self.mesh, progress=sys.stderr.isatty())
 
 
 @dataclasses.dataclass(frozen=True)

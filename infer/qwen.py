@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from infer.decode import MAX_STEPS, DecodeState, Produced, bucket, decode, half_bucket, pad_prompts, prefill, widen
@@ -18,7 +20,8 @@ from infer.sampling import Sampling, SamplingRows
 from qwen_jax import chat
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.model import Params, unstack
+from qwen_jax.model import Params, param_shardings, unstack
+from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.tokenizer import Tokenizer, check_tokenizer
 from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.default_model import cache_folder
@@ -84,16 +87,25 @@ class Qwen:
         params: Params,
         tokenizer: Tokenizer,
         generation_config: Mapping[str, Any] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        """`params` with layers stacked are taken over: they are unstacked and must not be used afterwards."""
+        """`params` with layers stacked are taken over: they are unstacked and must not be used afterwards.
+
+        With a mesh, `params` lie on it as `model.param_shardings` says.
+        """
         check_tokenizer(tokenizer, config)
         self.config = config
         self.tokenizer = tokenizer
+        self.mesh = mesh
         self.generation_config = dict(generation_config or {})
         self.params = params if isinstance(params["layers"], tuple) else unstack(params)
         self.backend = Backend.of(jax.default_backend(), self.params["embed"]["embedding"].dtype)
         self._generation = chat.generation_of(config, tokenizer)
         self.chat_template = tokenizer.chat_template or chat.default_template(self._generation)
+
+    def on_mesh(self) -> AbstractContextManager[Any]:
+        """The context in which this model's programs run."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     # --- defaults of the checkpoint -----------------------------------------------------------------------------------
 
@@ -225,18 +237,20 @@ class Stream:
         yield from self._take(produced, tokens.shape[1])
         rows = max(state.tokens.shape[0], self._qwen.backend.min_decode_rows)
         if rows != state.tokens.shape[0]:
-            state = widen(state, rows)
+            with self._qwen.on_mesh():
+                state = widen(state, rows)
         while not all(answer.finish_reason for answer in self.answers):
             before = sum(len(answer.tokens) for answer in self.answers)
             began = time.perf_counter()
             finished = np.array([bool(a.finish_reason) for a in self.answers] + [True] * (rows - len(self.answers)))
-            state, produced, steps = decode(
-                self._qwen.params,
-                state.replace(done=jnp.asarray(finished)),
-                np.int32(self._steps),
-                self._stop_ids,
-                **self._static,
-            )
+            with self._qwen.on_mesh():
+                state, produced, steps = decode(
+                    self._qwen.params,
+                    state.replace(done=jnp.asarray(finished)),
+                    np.int32(self._steps),
+                    self._stop_ids,
+                    **self._static,
+                )
             count = int(steps)
             self.timing.decode_seconds += time.perf_counter() - began
             yield from self._take(produced, count)
@@ -254,17 +268,18 @@ class Stream:
             sampling_rows = SamplingRows.create(
                 self._samplings + [Sampling()] * filler, self._prompts + [[0]] * filler, config.vocab_size
             )
-        return prefill(
-            self._qwen.params,
-            tokens,
-            lengths,
-            np.array(self._limits + [0] * filler, np.int32),
-            sampling_rows,
-            self._stop_ids,
-            capacity=max(half_bucket(needed, 256), length),
-            cache_dtype=self._qwen.backend.cache_dtype,
-            **self._static,
-        )
+        with self._qwen.on_mesh():
+            return prefill(
+                self._qwen.params,
+                tokens,
+                lengths,
+                np.array(self._limits + [0] * filler, np.int32),
+                sampling_rows,
+                self._stop_ids,
+                capacity=max(half_bucket(needed, 256), length),
+                cache_dtype=self._qwen.backend.cache_dtype,
+                **self._static,
+            )
 
     def _take(self, produced: Produced, count: int) -> Iterator[tuple[int, str]]:
         """Adds `count` columns of new tokens to the unfinished answers and yields what can be shown of them."""
@@ -305,13 +320,27 @@ class Stream:
         return text[: len(text) - keep]
 
 
-def load(model: str | Path = "default", *, dtype: str = "bfloat16", progress: bool = True) -> Qwen:
-    """Loads "default", a local folder, a .gguf file or a Hugging Face id; caches compiled programs."""
+def load(
+    model: str | Path = "default",
+    *,
+    dtype: str = "bfloat16",
+    mesh: MeshConfig | str | None = None,
+    progress: bool = True,
+) -> Qwen:
+    """Loads "default", a local folder, a .gguf file or a Hugging Face id; caches compiled programs.
+
+    mesh: how to split the model over all devices, such as "tensor=4", each shard read straight to its device; default
+    the first device alone. Raises InputError if the model does not divide.
+    """
     if dtype not in ("bfloat16", "float16", "float32"):
         raise InputError(f"dtype {dtype!r} is not possible; use bfloat16, float16 or float32.")
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
     checkpoint = open_checkpoint(model)
-    tokenizer = checkpoint.tokenizer()
-    params = load_params(checkpoint, jnp.dtype(dtype), progress=progress)
-    return Qwen(checkpoint.config, params, tokenizer, checkpoint.generation_config())
+    tokenizer, config = checkpoint.tokenizer(), checkpoint.config
+    on_mesh = shardings = None
+    if mesh is not None:
+        on_mesh = make_mesh(MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh, model=config)
+        shardings = param_shardings(config, on_mesh)
+    params = load_params(checkpoint, jnp.dtype(dtype), shardings, progress=progress)
+    return Qwen(config, params, tokenizer, checkpoint.generation_config(), on_mesh)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.sharding import cache_heads, constrain
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -52,13 +53,16 @@ class Cache(flax.struct.PyTreeNode):
 def empty_cache(
     config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike, *, stacked: bool, prompt_lengths: jax.Array
 ) -> Cache:
-    """A cache with room for `capacity` tokens in each of `batch` rows; `prompt_lengths` [B] int32."""
-    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+    """A cache with room for `capacity` tokens in each of `batch` rows; `prompt_lengths` [B] int32.
+
+    On a mesh with more `tensor` shards than key/value heads every shard holds one, see `cache_heads`.
+    """
+    shape = (batch, cache_heads(config.num_kv_heads), capacity, config.head_dim)
 
     def zeros() -> jax.Array | tuple[jax.Array, ...]:
         if stacked:
-            return jnp.zeros((config.num_layers, *shape), dtype)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+            return _laid_out(jnp.zeros((config.num_layers, *shape), dtype))
+        return tuple(_laid_out(jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
 
     return Cache(zeros(), zeros(), jnp.zeros(batch, jnp.int32), prompt_lengths)
 
@@ -75,6 +79,11 @@ def cache_from_prefill(
     def grow(x: jax.Array) -> jax.Array:
         room = [(0, 0)] * x.ndim
         room[-2] = (0, capacity - x.shape[-2])
-        return jnp.pad(x.astype(dtype), room)
+        return _laid_out(jnp.pad(x.astype(dtype), room))
 
     return Cache(jax.tree.map(grow, k), jax.tree.map(grow, v), lengths, lengths)
+
+
+def _laid_out(x: jax.Array) -> jax.Array:
+    """[L,] B, K, S, h on the current mesh."""
+    return constrain(x, *[None] * (x.ndim - 4), "batch", "kv_heads", "sequence", "head_dim")

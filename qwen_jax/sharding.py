@@ -52,6 +52,20 @@ class MeshConfig:
         return tuple(num_devices // fixed if size == -1 else size for size in sizes)
 
     @classmethod
+    def parse(cls, text: str) -> MeshConfig:
+        """From text such as "fsdp=32,tensor=4"; axes that are not named are 1. Raises InputError."""
+        sizes = {axis: 1 for axis in AXES}
+        for part in text.split(","):
+            axis, equals, size = (piece.strip() for piece in part.partition("="))
+            if axis not in AXES or not equals or not size.lstrip("-").isdigit():
+                raise InputError(
+                    f"{part!r} is no size of a mesh axis; write for example fsdp=4,tensor=2, the axes being "
+                    f"{', '.join(AXES)}."
+                )
+            sizes[axis] = int(size)
+        return cls(**sizes)
+
+    @classmethod
     def auto(cls, config: ModelConfig, num_devices: int) -> MeshConfig:
         """A mesh to begin with: experts over up to 8 devices, FSDP over up to 32, then tensor, then data.
 
@@ -195,11 +209,6 @@ def shardings(axes: Any, tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 def activation_sharding(mesh: Mesh, shape: Sequence[int], *axes: str | None) -> NamedSharding:
     """How an activation, batch or cache of `shape` with these logical axes lies on `mesh`, see `constrain`."""
     return NamedSharding(mesh, activation_spec(mesh, shape, *axes))
-
-
-def cache_axes(stacked: bool) -> tuple[str | None, ...]:
-    """Logical axes of a Cache's `k` and `v`, [L,] B, K, S, h."""
-    return (("layers",) if stacked else ()) + ("batch", "kv_heads", "sequence", "head_dim")
 
 
 def cache_heads(num_kv_heads: int) -> int:
