@@ -22,7 +22,9 @@ from train.data.packing import BestFit, Concat
 from train.data.sources import Source, open_source
 
 PREFETCHED_BATCHES = 2
-_DOCUMENTS_PER_WORKER = 64  # tokenised ahead by each worker
+# Sent by a worker at once, because each sending takes as long as tokenising some hundred tokens; and how many it
+# prepares ahead.
+_CHUNK, _CHUNKS_AHEAD = 16, 4
 
 Batch = dict[str, np.ndarray]
 
@@ -134,13 +136,16 @@ class _DocumentsIterator(grain.DatasetIterator):
         self._dataset = dataset
         self._next, self._left_out = 0, 0
         self._source: grain.DatasetIterator | None = None
+        self._chunk: list[dict[str, np.ndarray]] = []  # the last is next
 
     def __next__(self) -> dict[str, np.ndarray]:
         shortest, longest = max(2, self._dataset.lengths.min_tokens), self._dataset.lengths.max_tokens or math.inf
         if self._source is None:
-            self._source = self._from(self._next)
+            self._source, self._chunk = self._from(self._next), []
         while True:
-            document = next(self._source)
+            if not self._chunk:
+                self._chunk = next(self._source)[::-1]
+            document = self._chunk.pop()
             self._next += 1
             if shortest <= len(document["tokens"]) < longest:
                 self._left_out = 0
@@ -154,11 +159,13 @@ class _DocumentsIterator(grain.DatasetIterator):
                 )
 
     def _from(self, start: int) -> grain.DatasetIterator:
-        dataset = self._dataset.documents.slice(slice(start, None))
+        dataset = self._dataset.documents.slice(slice(start, None)).batch(_CHUNK, batch_fn=list)
         read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if not flags.FLAGS.is_parsed():  # grain's workers ask for its flags, which only an absl program parses
             flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(self._dataset.num_workers, _DOCUMENTS_PER_WORKER)
+        # By a pipe: arrays in shared memory outlive a loader that is closed early
+        read = grain.experimental.WithOptionsIterDataset(read, grain.experimental.DatasetOptions(min_shm_size=1 << 62))
+        options = grain.MultiprocessingOptions(self._dataset.num_workers, _CHUNKS_AHEAD)
         return read.mp_prefetch(options).__iter__()
 
     def get_state(self) -> dict[str, Any]:
