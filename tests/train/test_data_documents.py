@@ -43,6 +43,13 @@ def test_fill_in_the_middle_holds_the_whole_text(text, seed):
     assert tokens.index(PREFIX) < tokens.index(SUFFIX) < tokens.index(MIDDLE)
 
 
+def test_a_cut_does_not_part_a_character_from_its_accent():
+    text = "e\u0301" * 10  # ten characters once composed
+    for seed in range(50):
+        tokens = tokens_of(text, fim_rate=1.0, seed=seed)
+        assert put_back(tokens) == "é" * 10 and len(tokens) == 24
+
+
 def test_both_cuts_are_uniform():
     text = "".join(chr(ord("a") + i) for i in range(9))
     cuts = np.zeros(10)
