@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("infer.demo:main", "answer one question with the default model"),
     "convert": ("qwen_jax.weights.convert:main", "convert a checkpoint between formats"),
     "data": ("train.data.command:main", "look at training data: tokens, packing, samples"),
+    "compile": ("train.aot.command:main", "compile for TPU slices or GPUs that are not here: memory, collectives, time"),
     "crosscheck": ("infer.crosscheck:main", "prove a model equal to PyTorch, layer by layer"),
 }
 

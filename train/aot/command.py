@@ -1,0 +1,169 @@
+"""`qwen-jax compile`: what a program would do on a TPU or GPU that is not there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from qwen_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qwen_jax.sharding import MeshConfig
+    from train.aot.programs import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Compile:
+    """Compiles the program that trains or decodes, for chips that this machine need not have.
+
+    Prints the chips, the memory against what a chip has, the FLOPs, a census of the collectives and roofline times.
+    Compiling takes half a minute to several minutes; what has been compiled once is kept. Exit status 1 when a program
+    does not fit.
+    """
+
+    model: str = ""
+    """a model of `qwen-jax models`, or a folder or config.json file"""
+    topology: str = ""
+    """a TPU slice, by its shape or its number of chips: v5p:4x4x8, v5e-16"""
+    gpu: str = ""
+    """instead of a TPU slice: GPUs of one machine, such as h200 or h200-8"""
+    step: Literal["train", "prefill", "decode"] = "train"
+    """what to compile"""
+    mesh: str = ""
+    """sizes of the axes data, fsdp, tensor, context, expert, as fsdp=32,tensor=4; by default chosen for the model"""
+    batch: int = 0
+    """rows of the whole slice; by default one for each part of the batch that the mesh makes"""
+    sequence: int = 4096
+    """tokens per row; for decode, slots of the cache"""
+    remat: Literal["none", "minimal", "dots", "full", "offload"] = "full"
+    """what the backward pass recomputes"""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """storage of the optimiser's moments"""
+    accumulate: int = 1
+    """micro-batches of a training step"""
+    weights: Literal["bfloat16", "int8"] = "bfloat16"
+    """of prefill and decode; int8 takes one byte for each weight of a layer's matrices"""
+    search: bool = False
+    """try meshes, rematerialisation and batch sizes for the slice, and rank those that fit; seconds each"""
+    table: bool = False
+    """print the table of docs/tpu.md; what is not in the cache yet is compiled, for hours on few cores"""
+    json: bool = False
+    """print JSON; sizes in bytes, times in seconds"""
+
+
+def main(argv: list[str]) -> int:
+    """The subcommand `compile`. Raises InputError for what no program or slice is."""
+    options = tyro.cli(Compile, args=argv, prog="qwen-jax compile", config=(tyro.conf.FlagCreatePairsOff,))
+    if options.table:
+        from train.aot.table import main as table
+
+        return table(as_json=options.json)
+    program = program_of(options)
+    if options.search:
+        from train.aot.search import main as search
+
+        return search(program, as_json=options.json)
+    from train.aot.compiler import Compiler
+    from train.aot.report import print_report
+
+    with progress() as say, Compiler() as compiler:
+        result = compiler(program, say=say)
+    if options.json:
+        print(json.dumps(result.as_json(), indent=2))
+    else:
+        print_report(result, console())
+    return 0 if result.fits else 1
+
+
+def program_of(options: Compile) -> Program:
+    """The program that the options describe, mesh and batch filled in. Raises InputError for what is missing."""
+    from qwen_jax.sharding import AXES, RULES, MeshConfig
+    from train.aot.programs import Program
+    from train.aot.targets import parse_target
+
+    if not options.model:
+        raise InputError("say which model to compile, such as --model qwen2.5-7b; `qwen-jax models` lists them.")
+    if bool(options.topology) == bool(options.gpu):
+        raise InputError("give either --topology with a TPU slice, such as v5p:4x4x8 or v5e-16, or --gpu h200-8.")
+    gpu = options.gpu if "-" in options.gpu or not options.gpu else f"{options.gpu}-1"
+    target = options.topology or gpu
+    program = Program(
+        model=options.model,
+        target=target,
+        step=options.step,
+        batch=options.batch or 1,
+        sequence=options.sequence,
+        remat=options.remat,
+        moments=options.moments,
+        accumulate=options.accumulate,
+        weights=options.weights,
+    )
+    num_devices = parse_target(target).num_devices
+    mesh = MeshConfig(**parse_mesh(options.mesh)) if options.mesh else default_mesh(program, num_devices)
+    sizes = dict(zip(AXES, mesh.sizes(num_devices), strict=True))
+    rows = math.prod(sizes[axis] for axis in RULES.batch) * options.accumulate
+    used = tuple((axis, size) for axis, size in sizes.items() if size != 1)
+    return dataclasses.replace(program, mesh=used, batch=options.batch or rows)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`fsdp=32,tensor=4` -> {"fsdp": 32, "tensor": 4}. Raises InputError for other text."""
+    from qwen_jax.sharding import AXES
+
+    sizes = {}
+    for item in text.replace(" ", "").split(","):
+        axis, _, size = item.partition("=")
+        if axis not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise InputError(f"{item!r} is no mesh axis; write sizes of {', '.join(AXES)}, such as fsdp=32,tensor=4.")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def default_mesh(program: Program, num_devices: int) -> MeshConfig:
+    """For training the library's own choice; for inference as much tensor as divides the model."""
+    from qwen_jax.sharding import MeshConfig, check_divides, divisors
+
+    config = program.config
+    if program.step == "train":
+        return MeshConfig.auto(config, num_devices)
+    for tensor in reversed(divisors(num_devices)):
+        sizes = {"data": num_devices // tensor, "fsdp": 1, "tensor": tensor, "context": 1, "expert": 1}
+        with contextlib.suppress(InputError):
+            check_divides(config, sizes)
+            return MeshConfig(**sizes)
+    raise AssertionError("tensor=1 divides every model")
+
+
+def console() -> Console:
+    """Standard output, wide enough for whole rows where it is not a terminal."""
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(width=200, highlight=False)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Shows on stderr what is being done and since when: one changing line, or in a pipe one line each."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    out = Console(stderr=True)
+    if not out.is_terminal:
+        started = time.monotonic()
+        yield lambda stage: out.print(f"{time.monotonic() - started:5.0f} s  {stage}", markup=False, highlight=False)
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda stage: bar.update(task, description=stage)

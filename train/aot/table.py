@@ -1,0 +1,176 @@
+"""The table of docs/tpu.md: what we train and decode on which slice, compiled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.aot.chips import parse_topology
+from train.aot.programs import Program
+from train.aot.report import Report, gib, seconds
+
+
+def train(model: str, target: str, batch: int, sequence: int, **settings: int | str) -> Program:
+    """A training program; settings are mesh axes, remat, moments and accumulate."""
+    others = {name: settings.pop(name) for name in ("remat", "moments", "accumulate") if name in settings}
+    mesh = tuple((axis, int(size)) for axis, size in settings.items())
+    return Program(model, target, "train", batch, sequence, mesh, **others)  # type: ignore[arg-type]
+
+
+def decode(model: str, target: str, batch: int, weights: str, tensor: int = 1) -> Program:
+    """A decode step with a cache of 4096 slots a row."""
+    mesh = (("tensor", tensor),) if tensor > 1 else ()
+    return Program(model, target, "decode", batch, 4096, mesh, weights=weights)  # type: ignore[arg-type]
+
+
+TRAINING = (
+    train("qwen2.5-0.5b", "v5e-1", 8, 4096),
+    train("qwen2.5-0.5b", "v5e-1", 1, 32768),
+    train("qwen2.5-7b", "v5e-16", 16, 4096, fsdp=16),
+    train("qwen2.5-7b", "v5e-16", 4, 32768, fsdp=4, tensor=4),
+    train("qwen2.5-7b", "v6e-8", 16, 4096, fsdp=8),
+    train("qwen2.5-7b", "v6e-8", 8, 32768, fsdp=8),
+    train("qwen2.5-7b", "v5p-8", 16, 4096, fsdp=8),
+    train("qwen2.5-7b", "v5p-8", 8, 32768, fsdp=8),
+    train("qwen2.5-32b", "v6e-64", 64, 4096, fsdp=64),
+    train("qwen2.5-32b", "v6e-64", 16, 32768, fsdp=16, tensor=4),
+    train("qwen2.5-72b", "v5p-128", 128, 4096, fsdp=32, tensor=4),
+    train("qwen2.5-72b", "v5p-128", 32, 32768, fsdp=32, tensor=4),
+    train("qwen2.5-72b", "v5e-256", 128, 4096, fsdp=64, tensor=4),
+    train("qwen2.5-72b", "v5e-256", 32, 32768, fsdp=32, tensor=8),
+    train("qwen2-57b-a14b", "v5p-64", 64, 4096, fsdp=8, expert=8),
+    train("qwen2-57b-a14b", "v5p-64", 64, 32768, fsdp=8, expert=8),
+)
+
+DECODING = (
+    *(
+        decode("qwen2.5-7b", target, batch, weights, tensor)
+        for target, tensor in (("v5e-1", 1), ("v5e-4", 4), ("v6e-1", 1))
+        for weights in ("bfloat16", "int8")
+        for batch in (1, 8, 64)
+    ),
+    decode("qwen2.5-72b", "v5e-16", 8, "bfloat16", 16),
+    decode("qwen2.5-72b", "v5e-16", 8, "int8", 16),
+)
+
+
+def _like(name: str) -> str:
+    """A model of Llama's dimensions in Qwen's form, which adds biases to q, k and v."""
+    return str(Path(__file__).with_name(f"{name}.json"))
+
+
+# MaxText's published settings: benchmarks/maxtext_trillium_model_configs.py (llama3_1_8b_8192: 4 rows a chip, FSDP) and
+# src/maxtext/configs/tpu/v5p/llama2_70b.sh (4 rows a chip, FSDP), whose v5p-512 counts cores: 256 chips.
+PEERS = (
+    train(_like("llama3.1-8b"), "v6e-8", 32, 8192, fsdp=8, remat="offload"),
+    train(_like("llama3.1-8b"), "v6e-8", 32, 8192, fsdp=8),
+    train(_like("llama2-70b"), "v5p:4x8x8", 1024, 4096, fsdp=256),
+    train(_like("llama2-70b"), "v5p:4x8x8", 1024, 4096, data=2, fsdp=32, tensor=4),
+)
+
+SECTIONS = {"Training": TRAINING, "Decoding": DECODING, "Beside MaxText": PEERS}
+
+
+def main(*, as_json: bool) -> int:
+    """Prints the table; exit status 1 when a row has a problem that is not a lack of memory of a decode row."""
+    reports = {name: compile_rows(programs, name) for name, programs in SECTIONS.items()}
+    if as_json:
+        print(json.dumps({name: [r.as_json() for r in rows] for name, rows in reports.items()}, indent=2))
+    else:
+        print(markdown(reports))
+    return 1 if any(problems(report) for rows in reports.values() for report in rows) else 0
+
+
+def compile_rows(programs: Sequence[Program], title: str) -> list[Report]:
+    """Reports of all programs, from the cache or compiled now, with a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from train.aot.compiler import Compiler
+
+    reports = []
+    with Progress(console=Console(stderr=True)) as bar, Compiler() as compiler:
+        task = bar.add_task(title, total=len(programs))
+        for program in programs:
+            name = f"{title}: {label(program)} on {program.target}"
+            report = compiler(program, say=lambda stage, name=name: bar.update(task, description=f"{name}, {stage}"))
+            reports.append(report)
+            bar.advance(task)
+    return reports
+
+
+def problems(report: Report) -> list[str]:
+    """A report's problems; that a decode row does not fit is a finding, not a problem."""
+    return report.problems if report.fits or report.program.step == "train" else []
+
+
+def label(program: Program) -> str:
+    return Path(program.model).stem
+
+
+def markdown(reports: dict[str, list[Report]]) -> str:
+    """The sections as Markdown tables."""
+    parts = []
+    for name, rows in reports.items():
+        versions = ", ".join(sorted({f"{k} {v}" for report in rows for k, v in report.versions.items()}))
+        head, lines = (_DECODE_HEAD, map(_decode_line, rows)) if name == "Decoding" else (_TRAIN_HEAD, map(_line, rows))
+        rule = "|".join("---" if i < 3 else "---:" for i in range(len(head)))
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        parts.append(f"### {name}\n\n| {' | '.join(head)} |\n|{rule}|\n{table}\n\n{versions}.")
+    return "\n\n".join(parts)
+
+
+_TRAIN_HEAD = (
+    *("model", "slice", "mesh", "batch", "tokens", "remat", "GiB a chip", "arguments", "temporaries", "model TFLOP"),
+    *("MFU at most", "compute", "HBM", "links", "exposed", "kB/token", "compiled in"),
+)
+_DECODE_HEAD = (
+    *("model", "slice", "mesh", "weights", "batch", "GiB a chip", "arguments", "temporaries", "least HBM time"),
+    *("program's HBM time", "links", "tokens/s at most", "compiled in"),
+)
+
+
+def _common(report: Report) -> tuple[str, str, str, str]:
+    program, topology = report.program, parse_topology(report.program.target)
+    mesh = " ".join(f"{axis}={size}" for axis, size in program.mesh) or "1"
+    return label(program), f"{topology.name} ({topology.num_chips})", mesh, gib(topology.chip.hbm_bytes)
+
+
+def _line(report: Report) -> list[str]:
+    model, where, mesh, capacity = _common(report)
+    program = report.program
+    cells = [model, where, mesh, str(program.batch), f"{program.sequence:,}", program.remat]
+    memory, census = report.memory, report.census
+    if memory is None or census is None:
+        return [*cells, f"**{gib(report.needed)}** of {capacity}: does not fit", *[""] * 10]
+    return [
+        *cells,
+        f"{gib(memory.total)} of {capacity}",
+        gib(memory.arguments),
+        gib(memory.temporaries),
+        f"{report.model_flops / 1e12:,.0f}",
+        f"{report.mfu_ceiling:.0%}",
+        *map(seconds, (report.compute_seconds, report.hbm_seconds, report.link_seconds, census.exposed_seconds)),
+        f"{report.bytes_per_token / 1e3:,.0f}",
+        f"{report.compile_seconds:.0f} s",
+    ]
+
+
+def _decode_line(report: Report) -> list[str]:
+    model, where, mesh, capacity = _common(report)
+    program = report.program
+    cells = [model, where, mesh, program.weights, str(program.batch)]
+    memory, census = report.memory, report.census
+    if memory is None or census is None:
+        return [*cells, f"**{gib(report.needed)}** of {capacity}: does not fit", *[""] * 7]
+    bound = max(report.least_hbm_seconds, report.compute_seconds) + report.link_seconds
+    return [
+        *cells,
+        f"{gib(memory.total)} of {capacity}",
+        gib(memory.arguments),
+        gib(memory.temporaries),
+        *map(seconds, (report.least_hbm_seconds, report.hbm_seconds, report.link_seconds)),
+        f"{program.batch / bound:,.0f}",
+        f"{report.compile_seconds:.0f} s",
+    ]

@@ -1,0 +1,157 @@
+"""The process in which programs are compiled: libtpu wants its environment before jax is imported, and may abort.
+
+`python -m train.aot.worker` reads lines of JSON, {program, mode, cache}, and prints one for each stage and result.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # nobody to ask for the machine's TPU
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+# What a cached artifact was made of besides the lowered program.
+FORMAT = 2
+
+
+def main() -> int:
+    os.environ.update(ENVIRONMENT)
+    from qwen_jax.errors import InputError
+    from train.aot.programs import Program
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        program = Program.from_json(request["program"])
+        try:
+            path = artifact(program, request["mode"], Path(request["cache"]), say)
+        except InputError as error:
+            print(json.dumps({"refused": str(error)}), flush=True)
+        else:
+            print(json.dumps({"artifact": str(path)}), flush=True)
+    return 0
+
+
+def say(stage: str) -> None:
+    print(json.dumps({"stage": stage}), flush=True)
+
+
+def artifact(program: Any, mode: str, cache: Path, say: Any) -> Path:
+    """Path of the gzipped JSON of what the compiler makes of `program`, from the cache if it has been compiled before.
+
+    mode "full" compiles it; "estimate" asks only, in seconds, how much memory it would take.
+    """
+    from train.aot.programs import build_mesh, lower
+    from train.aot.targets import load_target
+
+    started = time.monotonic()
+    target = load_target(program.target)
+    say("tracing")
+    mesh = build_mesh(program, target.devices)
+    lowered = lower(program, mesh)
+    versions = {"jaxlib": importlib.metadata.version("jaxlib"), "compiler": target.version}
+    identity = json.dumps([FORMAT, mode, program.target, versions], sort_keys=True)
+    key = hashlib.sha256((lowered.as_text() + identity).encode()).hexdigest()
+    path = cache / f"{key}.json.gz"
+    if path.exists():
+        return path
+    traced = time.monotonic()
+    say("compiling")
+    result = compile_lowered(lowered, mode, target.platform)
+    result |= {
+        "versions": versions,
+        "lower_seconds": traced - started,
+        "compile_seconds": time.monotonic() - traced,
+        "coordinates": [list(getattr(device, "coords", (device.id,))) for device in mesh.devices.flat],
+        "mesh": dict(mesh.shape),
+    }
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=cache, suffix=".part", delete=False) as file:
+        file.write(gzip.compress(json.dumps(result).encode(), 6))
+    os.replace(file.name, path)
+    return path
+
+
+def compile_lowered(lowered: Any, mode: str, platform: str) -> dict[str, Any]:
+    """{memory, hlo} of the compiled program, or {out_of_memory} of one that does not fit."""
+    import jax
+
+    from train.aot.memory import parse_out_of_memory
+
+    with tempfile.TemporaryDirectory(prefix="qwen-jax-hlo-") as folder:
+        options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "^$"}
+        if mode == "estimate":
+            options = {"xla_tpu_max_hbm_size_mib": "16"}
+        try:
+            compiled = lowered.compile(compiler_options=options if platform == "tpu" else None)
+        except jax.errors.JaxRuntimeError as error:
+            refusal = parse_out_of_memory(str(error))
+            if refusal is None:
+                raise
+            if mode == "full" and not refusal.allocations:
+                refusal = _explained(lowered, refusal)
+            return {"out_of_memory": _plain(refusal)}
+        analysis = compiled.memory_analysis()
+        text = _scheduled_hlo(folder) if platform == "tpu" and mode == "full" else compiled.as_text()
+    memory = {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "code": analysis.generated_code_size_in_bytes,
+        "host": analysis.host_temp_size_in_bytes,
+    }
+    return {"memory": memory, "hlo": text}
+
+
+def _scheduled_hlo(folder: str) -> str:
+    # Compiled.as_text() fails on many v5p and v6e programs in jaxlib 0.10
+    dumps = glob.glob(f"{folder}/*after_codegen.txt")
+    return Path(max(dumps, key=os.path.getsize)).read_text()
+
+
+def _explained(lowered: Any, refusal: Any) -> Any:
+    """A refusal without a list of allocations, with one: the compiler is told to go on and dump what it would do."""
+    import dataclasses
+
+    import jax
+
+    from train.aot import hlo
+    from train.aot.memory import largest_allocations
+
+    with tempfile.TemporaryDirectory(prefix="qwen-jax-hlo-") as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "^$", "xla_tpu_no_crash_on_oom": "true"}
+        try:
+            lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError:
+            pass
+        assignments = glob.glob(f"{folder}/*after_optimizations-buffer-assignment.txt")
+        if not assignments:
+            return refusal
+        largest = max(assignments, key=os.path.getsize)
+        module = hlo.parse(Path(largest.replace("-buffer-assignment", "")).read_text())
+        return dataclasses.replace(refusal, allocations=largest_allocations(Path(largest).read_text(), module))
+
+
+def _plain(refusal: Any) -> Mapping[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(refusal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
