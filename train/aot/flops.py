@@ -1,65 +1,50 @@
-"""What a step must compute and read, by formula: the model's own FLOPs, and the bytes of weights and cache."""
+"""What a step must compute, by formula: the model's own FLOPs, whatever the program computes besides."""
 
 from __future__ import annotations
 
 from qwen_jax.config import ModelConfig
 
 
-def matmul_params(config: ModelConfig) -> int:
-    """Parameters that one token is multiplied by: the active ones, without the rows that are only looked up."""
-    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return config.num_active_params() - lookup
-
-
 def head_params(config: ModelConfig) -> int:
+    """Parameters of the output head, or of the table that is looked up."""
     return config.vocab_size * config.hidden_size
 
 
-def _last_layer_params(config: ModelConfig) -> int:
-    """Parameters of a layer that a token passes through besides the projections to keys and values."""
-    layers = config.num_active_params() - config.vocab_size * config.hidden_size * (2 - config.tie_word_embeddings)
-    return layers // config.num_layers - 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+def matmul_params(config: ModelConfig) -> int:
+    """Parameters that one token is multiplied by: the active ones, without the rows that are only looked up."""
+    return config.num_active_params() - (0 if config.tie_word_embeddings else head_params(config))
 
 
 def attention_flops(config: ModelConfig, queries: int, first: int = 0) -> float:
-    """FLOPs of one sequence's causal attention, forward, for `queries` tokens from position `first`: 4 h per key."""
-    total = 0.0
-    for window in config.layer_windows():
-        limit = window or first + queries
-        ramp = max(0, min(queries, limit - first))  # queries that see all keys before them
-        keys = ramp * first + ramp * (ramp + 1) / 2 + (queries - ramp) * limit
-        total += 4 * config.num_heads * config.head_dim * keys
-    return total
+    """FLOPs of one sequence's causal attention, forward, for `queries` tokens from position `first`: 4 H h per key."""
+    return sum(_layer_attention_flops(config, window, queries, first) for window in config.layer_windows())
 
 
-def forward_flops(config: ModelConfig, batch: int, sequence: int) -> float:
-    """2 N per token and causal attention (Kaplan et al., arXiv 2001.08361, 2.1, attention counted per visible key)."""
-    return batch * (2 * matmul_params(config) * sequence + attention_flops(config, sequence))
+def _layer_attention_flops(config: ModelConfig, window: int | None, queries: int, first: int) -> float:
+    limit = window or first + queries
+    ramp = max(0, min(queries, limit - first))  # queries that see all keys before them, themselves included
+    keys = ramp * first + ramp * (ramp + 1) / 2 + (queries - ramp) * limit
+    return 4 * config.num_heads * config.head_dim * keys
 
 
 def model_flops(config: ModelConfig, step: str, batch: int, sequence: int) -> float:
-    """FLOPs that one step needs, whatever the program computes besides: all chips together.
+    """FLOPs that one step needs on all chips together: 2 N per token (Kaplan et al., arXiv 2001.08361, 2.1), and
+    attention per visible key.
 
-    train: three forward passes' worth. prefill: one, in which only keys and values of the last layer, and no logits, are
-    wanted of any token but the last. decode: one token per row after `sequence` - 1 others.
+    train: three forward passes' worth. prefill: one, in which of any token but the last only the last layer's keys and
+    values are wanted. decode: one token per row after `sequence` - 1 others.
     """
+    if step == "decode":
+        return batch * (2 * matmul_params(config) + attention_flops(config, 1, sequence - 1))
+    forward = 2 * matmul_params(config) * sequence + attention_flops(config, sequence)
     if step == "train":
-        return 3 * forward_flops(config, batch, sequence)
-    if step == "prefill":
-        skipped = 2 * (head_params(config) + _last_layer_params(config)) * (sequence - 1)
-        attention = attention_flops(config, sequence - 1) / config.num_layers
-        return forward_flops(config, batch, sequence) - batch * (skipped + attention)
-    return batch * (2 * matmul_params(config) * sequence + attention_flops(config, sequence))
+        return 3 * batch * forward
+    unwanted = 2 * (head_params(config) + _last_layer_params(config)) * (sequence - 1)
+    unwanted += _layer_attention_flops(config, config.layer_windows()[-1], sequence - 1, 0)
+    return batch * (forward - unwanted)
 
 
-def model_flops(config: ModelConfig, step: str, batch: int, sequence: int) -> float:
-    """FLOPs that one step needs, whatever the program computes besides: all chips together.
-
-    train: three forward passes' worth. prefill: one, in which only keys and values of the last layer, and no logits, are
-    wanted of any token but the last. decode: one token per row after `sequence` - 1 others.
-    """
-    if step == "train":
-        return 3 * forward_flops(config, batch, sequence)
-    if step == "prefill":
-        return forward_flops(config, batch, sequence) - 2 * head_params(config) * batch * (sequence - 1)
-    return batch * (2 * matmul_params(config) + attention_flops(config, 1, sequence - 1))
+def _last_layer_params(config: ModelConfig) -> int:
+    """Parameters of a layer that a token is multiplied by, but for the projections to keys and values."""
+    layers = matmul_params(config) - head_params(config)
+    return layers // config.num_layers - 2 * config.hidden_size * config.num_kv_heads * config.head_dim
