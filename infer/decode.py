@@ -6,6 +6,8 @@ Shapes are rounded up to powers of two (rows, prompt length, cache slots), so th
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import flax.struct
 import jax
@@ -15,12 +17,16 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from infer.sampling import SamplingRows, sample
-from qwen_jax.cache import Cache, cache_from_prefill
+from qwen_jax.cache import Cache, cache_from_prefill, empty_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Params, forward, unembed
 
 # Tokens that one call of the decode program can produce.
 MAX_STEPS = 32
+# Longer prompts are read in pieces of this many tokens, so that activations do not grow with the prompt.
+PIECE = 1024
+
+Carry = TypeVar("Carry")
 
 
 class DecodeState(flax.struct.PyTreeNode):
@@ -75,7 +81,70 @@ def _choose(
 _STATIC = ("config", "vocab_size", "num_top")
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "capacity", "cache_dtype"))
+def read_in_pieces(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    cache: Cache,
+    visit: Callable[[Carry, jax.Array, jax.Array], Carry],
+    carry: Carry,
+    *,
+    piece: int,
+    only: jax.Array | None = None,
+) -> tuple[Cache, Carry]:
+    """Reads prompts [B, T] of `cache.prompt_lengths` into an empty cache, `piece` tokens at a time.
+
+    After each piece carry = visit(carry, hidden [B, piece, D], index of the piece's first token); with `only` [B],
+    hidden is [B, 1, D]: of that token if it is in the piece, otherwise of one that means nothing.
+    """
+    tokens = jnp.pad(tokens, [(0, 0), (0, -tokens.shape[1] % piece)])
+
+    def read(i: jax.Array, state: tuple[Cache, Carry]) -> tuple[Cache, Carry]:
+        cache, carry = state
+        start = i * piece
+        out = forward(
+            config,
+            params,
+            lax.dynamic_slice_in_dim(tokens, start, piece, axis=1),
+            cache=cache.replace(lengths=jnp.full_like(cache.lengths, start)),
+            only=None if only is None else jnp.clip(only - start, 0, piece - 1),
+        )
+        return out.cache, visit(carry, out.hidden, start)
+
+    count = (jnp.max(cache.prompt_lengths) + piece - 1) // piece
+    cache, carry = lax.fori_loop(0, count, read, (cache, carry))
+    return cache.replace(lengths=cache.prompt_lengths), carry
+
+
+def _read(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    capacity: int,
+    cache_dtype: DTypeLike | None,
+    piece: int,
+) -> tuple[Cache, jax.Array]:
+    """The cache of prompts [B, T], and the hidden state [B, D] of the last token of each."""
+    dtype = params["embed"]["embedding"].dtype
+    if tokens.shape[1] <= piece:
+        out = forward(config, params, tokens, inference_lengths=lengths, keep_kv=True, only=lengths - 1)
+        k, v = out.kv
+        return cache_from_prefill(k, v, lengths, capacity, cache_dtype or dtype), out.hidden[:, 0]
+
+    def last(found: jax.Array, hidden: jax.Array, start: jax.Array) -> jax.Array:
+        ends_here = (lengths > start) & (lengths <= start + piece)
+        return jnp.where(ends_here[:, None], hidden[:, 0], found)
+
+    stacked = not isinstance(params["layers"], tuple)
+    cache = empty_cache(
+        config, tokens.shape[0], capacity, cache_dtype or dtype, stacked=stacked, prompt_lengths=lengths
+    )
+    hidden = jnp.zeros((tokens.shape[0], config.hidden_size), dtype)
+    return read_in_pieces(config, params, tokens, cache, last, hidden, piece=piece, only=lengths - 1)
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "capacity", "cache_dtype", "piece"))
 def prefill(
     params: Params,
     tokens: jax.Array,
@@ -89,18 +158,18 @@ def prefill(
     num_top: int,
     capacity: int,
     cache_dtype: DTypeLike | None = None,
+    piece: int = PIECE,
 ) -> tuple[DecodeState, Produced]:
     """Reads prompts, right-padded to [B, T], of true `lengths` [B], and chooses the first token of each answer.
 
-    The cache gets `capacity` slots per row, in `cache_dtype` (default: the activations').
+    The cache gets `capacity` slots per row, in `cache_dtype` (default: the activations'). With T above `piece` they are
+    read that many tokens at a time, with the same result.
     """
-    out = forward(config, params, tokens, inference_lengths=lengths, keep_kv=True, only=lengths - 1)
-    k, v = out.kv
-    cache = cache_from_prefill(k, v, lengths, capacity, cache_dtype or out.hidden.dtype)
+    cache, hidden = _read(config, params, tokens, lengths, capacity, cache_dtype, piece)
     zeros = jnp.zeros_like(lengths)
     state = DecodeState(cache, zeros, zeros, limits, limits <= 0, rows)
     state, produced = _choose(
-        out.hidden[:, 0], state, stop_ids, config=config, params=params, vocab_size=vocab_size, num_top=num_top
+        hidden, state, stop_ids, config=config, params=params, vocab_size=vocab_size, num_top=num_top
     )
     return state, Produced(*(x[:, None] for x in produced))
 

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
@@ -20,6 +21,8 @@ from qwen_jax.sharding import constrain, current_mesh
 QUERY_BLOCK = 512
 # Shorter ones in at most this many blocks, of at least this many queries, each reading only the keys up to its end.
 CAUSAL_BLOCKS, SMALLEST_BLOCK = 8, 64
+# Several queries over a cache, as in prefill by pieces, read this many keys at a time.
+KEY_BLOCK = 512
 
 
 class AttentionSpec(flax.struct.PyTreeNode):
@@ -75,7 +78,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
     """`attention` on one device, and the log-sum-exp of the scores, float32 [B, H, T], by which parts are merged."""
-    num_queries = q.shape[-3]
+    num_queries, num_keys = q.shape[-3], k.shape[2]
+    if 1 < num_queries and KEY_BLOCK < num_keys and spec.offset is None:
+        return _attend_by_key_blocks(q, k, v, spec)
     if isinstance(spec.offset, int) and spec.offset == 0 and num_queries <= CAUSAL_BLOCKS * QUERY_BLOCK:
         size = max(SMALLEST_BLOCK, -(-num_queries // CAUSAL_BLOCKS))
         parts = [
@@ -103,32 +108,80 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tup
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
     """`attend` as the formula has it, all scores at once: what every other implementation must equal."""
-    (batch, num_queries, num_heads, head_dim), dtype = q.shape[-4:], q.dtype
-    num_kv_heads = k.shape[1]
-    groups = num_heads // num_kv_heads  # query head i reads key/value head i // G
-    # One batched matrix product each way, with no transposed result: the order XLA:CPU runs fastest.
-    q = q.reshape(-1, batch, num_queries, num_kv_heads, groups, head_dim)
+    scores = jnp.where(spec.mask()[:, None, None], _scores(q, k, spec), jnp.finfo(jnp.float32).min)
+    largest = lax.stop_gradient(jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - largest[..., None])
+    # normalised after the second product, which has fewer elements than the weights
+    return _normalised(_weighted(weights, v), jnp.sum(weights, axis=-1), largest, q.dtype)
+
+
+def _attend_by_key_blocks(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
+    """As `plain_attention`, with a running softmax in memory that does not grow with S; skips what no query sees."""
+    (batch, num_queries, num_heads, head_dim), (num_kv_heads, num_keys) = q.shape[-4:], k.shape[1:3]
+    key_positions = jnp.broadcast_to(spec.key_positions, (batch, num_keys))
+    last = jnp.max(spec.query_positions)
+    before = -1 if spec.window is None else jnp.min(spec.query_positions) - spec.window
+
+    def block(carry: tuple[jax.Array, jax.Array, jax.Array], begin: jax.Array) -> tuple[Any, None]:
+        start = jnp.minimum(begin, num_keys - KEY_BLOCK)  # the last block reaches back where S is no multiple
+
+        def cut(x: jax.Array, axis: int) -> jax.Array:
+            return lax.dynamic_slice_in_dim(x, start, KEY_BLOCK, axis)
+
+        here = spec.replace(
+            key_positions=cut(key_positions, 1),
+            key_segments=None if spec.key_segments is None else cut(spec.key_segments, 1),
+        )
+
+        def read(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            out, total, largest = carry
+            is_new = start + jnp.arange(KEY_BLOCK) >= begin
+            seen = (here.mask() & is_new[None, None])[:, None, None]  # [B, 1, 1, T, S]
+            scores = jnp.where(seen, _scores(q, cut(k, 2), here), jnp.finfo(jnp.float32).min)
+            highest = jnp.maximum(largest, jnp.max(scores, axis=-1))
+            shrink = jnp.exp(largest - highest)
+            weights = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0.0)
+            out = out * shrink[..., None] + _weighted(weights, cut(v, 2))
+            return out, total * shrink + jnp.sum(weights, axis=-1), highest
+
+        in_sight = (jnp.min(here.key_positions) <= last) & (jnp.max(here.key_positions) > before)
+        return lax.cond(in_sight, read, lambda carry: carry, carry), None
+
+    shape = (batch, num_kv_heads, num_heads // num_kv_heads, num_queries)
+    start = (jnp.zeros((*shape, head_dim)), jnp.zeros(shape), jnp.full(shape, jnp.finfo(jnp.float32).min))
+    (out, total, largest), _ = lax.scan(block, start, jnp.arange(0, num_keys, KEY_BLOCK))
+    # of a device's part of a cache a query may see nothing
+    return _normalised(out, jnp.where(total == 0, 1.0, total), largest, q.dtype)
+
+
+def _scores(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """float32 [B, K, G, T, S] before the mask."""
+    batch, num_queries, num_heads, head_dim = q.shape[-4:]
+    num_kv_heads, num_keys = k.shape[1:3]
+    # Query head i reads key/value head i // G. One batched matrix product, with no transposed result: the order that
+    # XLA:CPU runs fastest.
+    q = q.reshape(-1, batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     q = jnp.transpose(q, (1, 3, 0, 4, 2, 5)).reshape(batch, num_kv_heads, -1, head_dim)
     scores = jnp.einsum("bkqh,bksh->bkqs", q.astype(k.dtype), k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    scores = scores.reshape(batch, num_kv_heads, -1, groups, num_queries, k.shape[2])
-    if spec.chunk_length:
-        back = spec.chunks_back()[:, None, None]  # [B, 1, 1, T, S]
-        scores = lax.select_n(jnp.broadcast_to(back, scores[:, :, 0].shape), *(scores[:, :, i] for i in range(3)))
-    else:
-        scores = scores[:, :, 0]
-    seen = spec.mask()[:, None, None]  # [B, 1, 1, T, S]
-    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-    largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - largest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    lse = (largest + jnp.log(total)).reshape(batch, num_heads, num_queries)
-    # normalised after the second product, which has fewer elements than the weights
-    total = total.reshape(batch, num_kv_heads, groups * num_queries, 1)
-    weights = weights.reshape(batch, num_kv_heads, groups * num_queries, -1)
-    out = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-    out = out.reshape(batch, num_kv_heads, groups, num_queries, head_dim)
-    out = jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, num_queries, num_heads, head_dim)
-    return out.astype(dtype), lse
+    scores = scores.reshape(batch, num_kv_heads, -1, num_heads // num_kv_heads, num_queries, num_keys)
+    if not spec.chunk_length:
+        return scores[:, :, 0]
+    back = jnp.broadcast_to(spec.chunks_back()[:, None, None], scores[:, :, 0].shape)
+    return lax.select_n(back, *(scores[:, :, i] for i in range(3)))
+
+
+def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """Values [B, K, S, h] summed with weights [B, K, G, T, S]: float32 [B, K, G, T, h]."""
+    flat = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
+    out = jnp.einsum("bkqs,bksh->bkqh", flat.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.reshape(*weights.shape[:-1], v.shape[-1])
+
+
+def _normalised(out: jax.Array, total: jax.Array, largest: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """[B, T, H, h] and the log-sum-exp [B, H, T] of summed values [B, K, G, T, h], weights and largest scores."""
+    out = jnp.transpose(out / total[..., None], (0, 3, 1, 2, 4))
+    lse = (largest + jnp.log(total)).reshape(out.shape[0], -1, out.shape[1])
+    return out.reshape(*out.shape[:2], -1, out.shape[-1]).astype(dtype), lse
 
 
 def take_token(tree: Any, index: jax.Array | None) -> Any:
