@@ -25,6 +25,7 @@ END = TOKENIZER.special_tokens["<|endoftext|>"]
 def small(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(packing, "WINDOW_ROWS", 8)
+    monkeypatch.setattr(packing, "WINDOW_TOKENS", 0)
 
 
 @pytest.fixture

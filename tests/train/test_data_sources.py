@@ -84,7 +84,7 @@ def test_array_record(tmp_path):
             writer.write(json.dumps({"text": text}).encode())
         writer.close()
     assert texts_of(tmp_path) == TEXTS
-    with pytest.raises(InputError, match="a.array_record, record 4 has no field 'body'"):
+    with pytest.raises(InputError, match="a.array_record, record 1 has no field 'body'"):
         texts_of(tmp_path / "a.array_record", text_field="body")
     (tmp_path / "c.array_record").write_bytes(b"no" * 1000)
     with pytest.raises(InputError, match="c.array_record is not ArrayRecord"):

@@ -35,6 +35,7 @@ def expected_targets(docs):
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     monkeypatch.setattr(packing, "WINDOW_ROWS", 3)
+    monkeypatch.setattr(packing, "WINDOW_TOKENS", 0)
 
 
 @pytest.mark.parametrize("kind", ["best-fit", "concat"])

@@ -80,7 +80,7 @@ class PackingRow:
     """Share of the segments that do not reach the end of their document."""
     first_batch_seconds: float
     tokens_per_second: float
-    """Of the batches after the first."""
+    """Of all batches, the first included."""
 
 
 def main(argv: list[str]) -> int:
@@ -178,7 +178,7 @@ def packing_row(config: DataConfig, count: int, tokenizer: Tokenizer) -> tuple[P
         segments_per_row=segments / rows,
         cut=1 - ended / segments,
         first_batch_seconds=first - start,
-        tokens_per_second=sum(filled[1:]) / (end - first) if count > 1 else 0.0,
+        tokens_per_second=sum(filled) / (end - start),
     )
     return row, batches[0]
 

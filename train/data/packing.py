@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-# Rows that best-fit packs together: more waste less, but more is read again when training resumes.
-WINDOW_ROWS = 64
+# What best-fit packs together, at least: more wastes less, but more is read again when training resumes.
+WINDOW_ROWS, WINDOW_TOKENS = 64, 1 << 20
 
 Row = dict[str, np.ndarray]
 
@@ -77,7 +77,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class BestFit(grain.IterDataset):
     """Rows of whole documents; one longer than a row is cut into pieces of at most a row, and none is dropped.
 
-    Documents are gathered until they fill WINDOW_ROWS rows, then packed together; the rows come in random order.
+    Documents are gathered until they fill WINDOW_ROWS rows and WINDOW_TOKENS tokens, then packed together; the rows
+    come in random order.
     """
 
     def __init__(self, documents: grain.IterDataset, *, length: int, pad_id: int, seed: int) -> None:
@@ -107,7 +108,7 @@ class _BestFitIterator(grain.DatasetIterator):
     def _pack(self) -> list[list[Piece]]:
         length = self._dataset.length
         pieces: list[Piece] = []
-        missing = WINDOW_ROWS * length
+        missing = max(WINDOW_ROWS * length, WINDOW_TOKENS)
         while missing > 0:
             try:
                 document = next(self._parent)

@@ -67,6 +67,7 @@ def open_source(config: SourceConfig) -> Source:
     source = _open(config)
     if not len(source):
         raise InputError(f"{config.path} holds no documents; give a file or folder with text.")
+    source[0]  # a wrong field or encoding is said now
     return source
 
 
@@ -385,7 +386,7 @@ class HuggingFace:
         except ImportError:
             raise InputError("format 'hf' needs the package datasets; run: pip install datasets.") from None
         try:
-            if Path(config.path).is_dir() and not list(Path(config.path).glob("*.py")):
+            if any((Path(config.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
                 loaded = datasets.load_from_disk(config.path)
                 self._rows = loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
             else:
