@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -179,6 +182,33 @@ def test_length_shares(tmp_path):
     rows = [TOKENIZER.decode(row.tolist()) for batch in take(config, 40) for row in batch["tokens"]]
     assert sum("s" not in row.replace("<|endoftext|>", "") for row in rows) == 0.4 * len(rows)
     assert not any("l" in row.replace("<|endoftext|>", "") and "s" in row.replace("<|endoftext|>", "") for row in rows)
+
+
+def test_a_program_that_forgets_to_close_ends_cleanly(tmp_path, config):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+from tests.train.data_tools import byte_tokenizer
+from train.data.config import DataConfig, SourceConfig
+from train.data.loader import make_loader
+
+if __name__ == "__main__":
+    sources = (SourceConfig({config.sources[0].path!r}),)
+    loader = make_loader(DataConfig(sources, sequence_length=64, batch_size=4, num_workers=1), byte_tokenizer())
+    print(next(loader)["tokens"].shape)
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.stdout, done.stderr, done.returncode) == ("(4, 64)\n", "", 0)
+
+
+def test_a_closed_loader_says_so(config):
+    loader = make_loader(config, TOKENIZER)
+    loader.close()
+    loader.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(loader)
 
 
 def test_errors(tmp_path, config):

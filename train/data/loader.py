@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -78,9 +79,16 @@ class DataIterator:
     def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], rows: int, pad_id: int) -> None:
         self._identity = json.loads(json.dumps(identity))  # as a checkpoint gives it back
         self._rows, self._pad_id = rows, pad_id
-        self._batches = grain.experimental.ThreadPrefetchIterDataset(
-            dataset, prefetch_buffer_size=PREFETCHED_BATCHES
-        ).__iter__()
+        prefetched = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCHED_BATCHES)
+        self._open = [prefetched.__iter__()]
+        # Also at exit, while modules are whole: what grain does when the interpreter deletes an iterator needs them
+        self._end = weakref.finalize(self, _close, self._open)
+
+    @property
+    def _batches(self) -> grain.DatasetIterator:
+        if not self._open:
+            raise ValueError("the data iterator is closed")
+        return self._open[0]
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -106,13 +114,18 @@ class DataIterator:
 
     def close(self) -> None:
         """Ends threads and worker processes; no batch can be taken afterwards."""
-        self._batches.close()
+        self._end()
 
     def __enter__(self) -> DataIterator:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
 
 
 class Documents(grain.IterDataset):
