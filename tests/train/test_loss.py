@@ -1,0 +1,153 @@
+"""The chunked loss against PyTorch's F.cross_entropy, on one device and on meshes, and its memory."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from qwen_jax.layers.moe import RouterStats
+from qwen_jax.sharding import MeshConfig, make_mesh
+from train.loss import balance_loss, cross_entropy
+
+B, T, D, V = 4, 24, 16, 96
+rng = np.random.default_rng(0)
+HIDDEN = rng.standard_normal((B, T, D), dtype=np.float32)
+HEAD = rng.standard_normal((V, D), dtype=np.float32)
+TARGETS = rng.integers(0, V, (B, T), dtype=np.int32)
+MASK = (rng.random((B, T)) < 0.6).astype(np.float32)
+WEIGHTS = rng.random((B, T), dtype=np.float32) * MASK
+
+
+def torch_loss(hidden, head, targets, weights, z_loss, dtype=torch.float32):
+    """(sum of losses, gradients) as autograd has them."""
+    h = torch.tensor(hidden, dtype=dtype, requires_grad=True)
+    w = torch.tensor(head, dtype=dtype, requires_grad=True)
+    logits = (h @ w.T).float()
+    nll = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, V), torch.tensor(targets).long().ravel(), reduction="none"
+    )
+    z = torch.logsumexp(logits, -1).ravel() ** 2
+    loss = ((nll + z_loss * z) * torch.tensor(weights).ravel()).sum()
+    loss.backward()
+    return float(loss.detach()), h.grad.float().numpy(), w.grad.float().numpy(), logits.detach().numpy()
+
+
+def ours(*args, **kwargs):
+    def loss(hidden, head, targets, weights):
+        sums = cross_entropy(hidden, head, targets, weights, **kwargs)
+        return sums.loss, sums
+
+    (_, sums), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*args)
+    return sums, gradients
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = np.asarray(a, np.float32), np.asarray(b)
+    assert np.max(np.abs(a - b)) <= tolerance * np.max(np.abs(b))
+
+
+@pytest.mark.parametrize("chunk", [7, 32, 96, 1024])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("weights", [np.ones_like(MASK), MASK, WEIGHTS], ids=["all", "mask", "weights"])
+def test_values_and_gradients_equal_torch(chunk, z_loss, weights):
+    expected, d_hidden, d_head, logits = torch_loss(HIDDEN, HEAD, TARGETS, weights, z_loss)
+    sums, gradients = ours(HIDDEN, HEAD, TARGETS, weights, z_loss=z_loss, chunk=chunk)
+    np.testing.assert_allclose(sums.loss, expected, rtol=1e-6)
+    close(gradients[0], d_hidden)
+    close(gradients[1], d_head)
+    np.testing.assert_allclose(sums.tokens, weights.sum(), rtol=1e-6)
+    np.testing.assert_allclose(sums.correct, (weights * (logits.argmax(-1) == TARGETS)).sum(), rtol=1e-6)
+    without = cross_entropy(HIDDEN, HEAD, TARGETS, weights, z_loss=z_loss, chunk=chunk)  # the path without gradients
+    np.testing.assert_allclose(jax.tree.leaves(without), jax.tree.leaves(sums), rtol=1e-6)
+
+
+def test_bfloat16_hidden_keeps_a_float32_head_gradient():
+    hidden = HIDDEN.astype(jnp.bfloat16)
+    rounded = np.asarray(HEAD.astype(jnp.bfloat16), np.float32)
+    expected, d_hidden, d_head, _ = torch_loss(np.asarray(hidden, np.float32), rounded, TARGETS, MASK, 0.0)
+    sums, gradients = ours(hidden, HEAD, TARGETS, MASK, chunk=10)
+    assert gradients[0].dtype == jnp.bfloat16 and gradients[1].dtype == jnp.float32
+    np.testing.assert_allclose(sums.loss, expected, rtol=1e-5)
+    close(gradients[0], d_hidden, 1e-2)
+    close(gradients[1], d_head, 1e-2)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(fsdp=4, tensor=2),
+        dict(data=2, fsdp=1, tensor=2, context=2),
+        dict(fsdp=2, context=4),
+        dict(fsdp=1, tensor=8),
+    ],
+    ids=str,
+)
+def test_every_mesh_equals_torch(sizes):
+    expected, d_hidden, d_head, _ = torch_loss(HIDDEN, HEAD, TARGETS, WEIGHTS, 1e-3)
+    with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
+        sums, gradients = ours(HIDDEN, HEAD, TARGETS, WEIGHTS, z_loss=1e-3, chunk=5)
+    np.testing.assert_allclose(sums.loss, expected, rtol=1e-6)
+    close(gradients[0], d_hidden)
+    close(gradients[1], d_head)
+
+
+def test_rows_that_no_mesh_axis_divides_are_counted_once():
+    hidden, targets, weights = HIDDEN[:3, :7], TARGETS[:3, :7], WEIGHTS[:3, :7]
+    expected, d_hidden, d_head, _ = torch_loss(hidden, HEAD, targets, weights, 0.0)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2, context=2))):
+        sums, gradients = ours(hidden, HEAD, targets, weights)
+    np.testing.assert_allclose(sums.loss, expected, rtol=1e-6)
+    close(gradients[0], d_hidden)
+    close(gradients[1], d_head)
+
+
+def test_no_gather_of_tokens_and_one_reduction_of_the_head():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(lambda *args: cross_entropy(*args, chunk=5).loss, argnums=(0, 1)))
+        lowered = program.lower(HIDDEN, HEAD, TARGETS, WEIGHTS)
+    loop = lowered.compile().as_text()
+    body = [line for line in loop.splitlines() if "while/body" in line]
+    collectives = [line for line in body if " all-reduce" in line or " all-gather" in line or " reduce-scatter" in line]
+    sizes = {line.split("=")[1].split("{")[0].strip() for line in collectives}
+    assert sizes and not any(f"{D}]" in size for size in sizes)  # only the softmax's own [C] sums cross inside the loop
+
+
+def test_logits_never_exist_whole():
+    batch, length, width, vocab = 2, 512, 32, 8192
+    shapes = [(batch, length, width), (vocab, width), (batch, length), (batch, length)]
+    dtypes = [jnp.float32, jnp.float32, jnp.int32, jnp.float32]
+    args = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]
+    program = jax.jit(jax.grad(lambda *args: cross_entropy(*args, chunk=64).loss, argnums=(0, 1)))
+    memory = program.lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * batch * length * vocab / 3
+
+
+def test_balance_loss_against_the_formula_and_its_global_variant():
+    layers, experts, top_k, tokens = 3, 8, 2, 50
+    halves = []
+    for _ in range(2):
+        probs = rng.dirichlet(np.ones(experts), (layers, tokens))
+        chosen = np.argsort(-probs, -1)[..., :top_k]
+        assignments = np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in chosen])
+        halves.append((probs, assignments))
+
+    def stats(probs, assignments):
+        return RouterStats(
+            jnp.asarray(assignments, jnp.float32), jnp.asarray(probs.sum(1)), jnp.full(layers, probs.shape[1] * 1.0)
+        )
+
+    def formula(fraction_of, prob_of):  # transformers' load_balancing_loss_func, by hand
+        fraction = fraction_of.sum(0) / (fraction_of.sum() / top_k)
+        return experts * (fraction * prob_of.reshape(-1, experts).mean(0)).sum()
+
+    first, second = (stats(*half) for half in halves)
+    np.testing.assert_allclose(balance_loss(first), formula(halves[0][1], halves[0][0]), rtol=1e-5)
+    both = jax.tree.map(jnp.add, first, second)
+    expected = formula(halves[0][1] + halves[1][1], halves[0][0])
+    np.testing.assert_allclose(balance_loss(first, both), expected, rtol=1e-5)
+    balanced = RouterStats(jnp.full((layers, experts), 5.0), jnp.full((layers, experts), 2.5), jnp.full(layers, 20.0))
+    np.testing.assert_allclose(balance_loss(balanced), top_k, rtol=1e-6)

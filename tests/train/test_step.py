@@ -1,0 +1,215 @@
+"""The train step: gradients against transformers, micro-batches and meshes against the plain step, and its guards."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax.errors import InputError
+from qwen_jax.presets import load_preset
+from qwen_jax.sharding import MeshConfig, make_mesh
+from tests.train.tiny import CONFIG, MOE, TIED, full_batch, packed_batch, parameters, transformers_model
+from train.optimizer import OptimizerConfig
+from train.step import (
+    StepConfig,
+    abstract_batch,
+    abstract_state,
+    batch_shardings,
+    init_state,
+    jit_train_step,
+    make_eval_step,
+    make_train_step,
+    new_state,
+    state_shardings,
+)
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
+EXACT = StepConfig(compute_dtype="float32", remat="none")
+# without the balance loss, of which micro-batches have another one by definition
+UNBALANCED = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, aux_loss_coef=0.0))
+MOMENT = dataclasses.replace(OPTIMIZER, clip_norm=None, weight_decay=0.0)
+
+
+def one_step(config, batch, step=EXACT, optimizer=OPTIMIZER, params=None):
+    state = new_state(parameters(config) if params is None else params, optimizer)
+    return jax.jit(make_train_step(config, optimizer, step, 10))(state, batch)
+
+
+def gradients(state):
+    """Of the first step, out of Adam's first moment."""
+    return jax.tree.map(lambda mu: mu / 0.1, state.opt_state[1].mu)
+
+
+def assert_trees_close(a, b, tolerance):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert np.max(np.abs(x - y)) <= tolerance * max(np.max(np.abs(y)), 1e-3), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIED, MOE], ids=["untied", "tied", "moe"])
+def test_loss_and_gradients_equal_transformers(config, tmp_path):
+    import torch
+
+    params = parameters(config)
+    tokens = np.random.default_rng(0).integers(0, 64, (3, 33))
+    model = transformers_model(config, params, tmp_path / "model")
+    inputs = torch.tensor(tokens)
+    extra = {"output_router_logits": True} if config.moe else {}
+    out = model(inputs[:, :-1], **extra)
+    loss = torch.nn.functional.cross_entropy(out.logits.reshape(-1, 64), inputs[:, 1:].reshape(-1))
+    total = loss + (config.moe.aux_loss_coef * out.aux_loss if config.moe else 0)
+    total.backward()
+    state, metrics = one_step(config, full_batch(tokens), optimizer=MOMENT, params=params)
+    np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-6)
+    if config.moe:
+        np.testing.assert_allclose(metrics["balance_loss"], out.aux_loss.item(), rtol=1e-5)
+    ours = transformers_model(config, gradients(state), tmp_path / "gradients")  # under transformers' names
+    for (name, p), gradient in zip(model.named_parameters(), ours.parameters(), strict=True):
+        error, largest = (p.grad - gradient).abs().max().item(), p.grad.abs().max().item()
+        assert error <= 1e-5 * max(largest, 1e-2), name
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNBALANCED], ids=["dense", "moe"])
+def test_micro_batches_equal_the_whole_batch(config):
+    """Rows have different numbers of tokens, so a mean of means would differ."""
+    batch = packed_batch(8, 32)
+    whole, expected = one_step(config, batch, optimizer=MOMENT)
+    for count in (2, 4):
+        state, metrics = one_step(config, batch, dataclasses.replace(EXACT, accumulate=count), MOMENT)
+        assert_trees_close(gradients(state), gradients(whole), 1e-5)
+        for name in ("loss", "accuracy", "tokens", "grad_norm"):
+            np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+
+
+def test_global_batch_balance_is_that_of_the_whole_batch_at_the_last_micro_batch():
+    """Equal micro-batches have equal counts, so both variants and the whole batch agree; unequal ones do not."""
+    batch = packed_batch(4, 32)
+    twice = {name: np.repeat(array, 2, axis=0) for name, array in batch.items()}  # micro-batch i is rows i, i + 2, ...
+    _, whole = one_step(MOE, twice)
+    same = dataclasses.replace(EXACT, accumulate=2)
+    for balance in ("global-batch", "micro-batch"):
+        _, metrics = one_step(MOE, twice, dataclasses.replace(same, balance=balance))
+        np.testing.assert_allclose(metrics["balance_loss"], whole["balance_loss"], rtol=1e-5)
+    different = [
+        float(one_step(MOE, packed_batch(8, 32), dataclasses.replace(same, balance=b))[1]["balance_loss"])
+        for b in ("global-batch", "micro-batch")
+    ]
+    assert different[0] < different[1]  # a part is never more even than the whole
+
+
+@pytest.mark.parametrize(
+    "sizes, config",
+    [
+        (dict(fsdp=4, tensor=2), TIED),
+        (dict(data=2, fsdp=1, tensor=2, context=2), CONFIG),
+        (dict(fsdp=2, expert=4), UNBALANCED),
+    ],
+    ids=["fsdp and tensor", "data, tensor and context", "experts"],
+)
+def test_every_mesh_makes_the_same_update(sizes, config):
+    batch = packed_batch(16, 32)
+    expected_state, expected = one_step(config, batch, optimizer=MOMENT)
+    mesh = make_mesh(MeshConfig(**sizes), model=config)
+    with jax.set_mesh(mesh):
+        state = jax.device_put(new_state(parameters(config), MOMENT), state_shardings(config, MOMENT, mesh))
+        on_mesh = jax.device_put(batch, batch_shardings(mesh, 16, 32))
+        state, metrics = jit_train_step(config, MOMENT, dataclasses.replace(EXACT, accumulate=2), 10, mesh, 16, 32)(
+            state, on_mesh
+        )
+    names = ["loss", "grad_norm", "tokens", "accuracy"]
+    np.testing.assert_allclose([metrics[n] for n in names], [expected[n] for n in names], rtol=1e-5)
+    assert_trees_close(gradients(state), gradients(expected_state), 1e-5)
+
+
+@pytest.mark.parametrize("remat", ["minimal", "full"])
+def test_rematerialisation_changes_nothing(remat):
+    batch = packed_batch(2, 32)
+    expected, _ = one_step(CONFIG, batch)
+    state, _ = one_step(CONFIG, batch, dataclasses.replace(EXACT, remat=remat))
+    assert_trees_close(gradients(state), gradients(expected), 1e-5)
+
+
+def test_bfloat16_keeps_float32_weights_and_is_close():
+    batch = packed_batch(4, 32)
+    expected, metrics32 = one_step(CONFIG, batch)
+    state, metrics = one_step(CONFIG, batch, StepConfig())
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
+    np.testing.assert_allclose(metrics["loss"], metrics32["loss"], rtol=2e-3)
+    np.testing.assert_allclose(metrics["grad_norm"], metrics32["grad_norm"], rtol=2e-2)
+
+
+def test_frozen_parameters_stay_and_have_no_moments():
+    optimizer = dataclasses.replace(OPTIMIZER, frozen=("^embed/", "^layers/mlp/"))
+    params = parameters(CONFIG)
+    state, _ = one_step(CONFIG, packed_batch(2, 32), optimizer=optimizer)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params, params)
+    assert not moved["embed"]["embedding"] and not any(jax.tree.leaves(moved["layers"]["mlp"]))
+    assert moved["lm_head"]["embedding"] and all(jax.tree.leaves(moved["layers"]["attention"]))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state[1].mu))
+    assert moments == sum(leaf.size for leaf, m in zip(*map(jax.tree.leaves, (params, moved)), strict=True) if m)
+
+
+def test_an_update_that_is_not_finite_is_not_made():
+    params = parameters(CONFIG)
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(jnp.nan)
+    state, metrics = one_step(CONFIG, packed_batch(2, 32), params=params)
+    assert metrics["finite"] == 0 and state.step == 0
+    before = new_state(params, OPTIMIZER)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+    state, metrics = one_step(CONFIG, packed_batch(2, 32))
+    assert metrics["finite"] == 1 and state.step == 1
+
+
+def test_padding_never_matters():
+    batch = packed_batch(4, 32)
+    other = dict(batch)
+    padding = batch["segment_ids"] == 0
+    assert padding.any()
+    for name in ("tokens", "targets"):
+        other[name] = np.where(padding, 63 - batch[name], batch[name])
+    a, _ = one_step(MOE, batch)
+    b, _ = one_step(MOE, other)
+    assert_trees_close(gradients(a), gradients(b), 1e-6)
+
+
+def test_the_eval_step_sums_what_the_train_step_averages():
+    batch = packed_batch(4, 32)
+    _, metrics = one_step(CONFIG, batch)
+    sums = jax.jit(make_eval_step(CONFIG, EXACT))(parameters(CONFIG), batch)
+    np.testing.assert_allclose(sums.cross_entropy / sums.tokens, metrics["loss"], rtol=1e-6)
+
+
+def test_an_indivisible_batch_is_refused():
+    with pytest.raises(InputError, match="micro-batches"):
+        one_step(CONFIG, packed_batch(3, 32), dataclasses.replace(EXACT, accumulate=2))
+
+
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_the_step_lowers_from_shapes_alone(moments):
+    config = load_preset("qwen2.5-72b")
+    optimizer = dataclasses.replace(OPTIMIZER, moments=moments)
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), model=config)
+    state, layout = abstract_state(config, optimizer), state_shardings(config, optimizer, mesh)
+    assert jax.tree.structure(state) == jax.tree.structure(layout)
+    per_device = sum(
+        np.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True)
+    )
+    expected = config.num_params() * {"float32": 12, "int8": 6}[moments] / 8
+    assert per_device < 1.01 * expected
+    with jax.set_mesh(mesh):
+        step = jit_train_step(config, optimizer, StepConfig(), 10, mesh, 4, 512)
+        lowered = step.lower(state, abstract_batch(4, 512))
+    assert "sharding" in lowered.as_text()[:100000]
+
+
+def test_init_state_is_what_abstract_state_says():
+    concrete = init_state(CONFIG, OPTIMIZER, jax.random.key(0))
+    shapes = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
+    assert shapes(concrete) == shapes(abstract_state(CONFIG, OPTIMIZER))

@@ -1,0 +1,202 @@
+"""Losses over tokens. Logits [B, T, V] never exist: the output projection and the cross-entropy are one chunked loop.
+
+Letters: B batch, T tokens of a row, D model width, V vocabulary, N tokens of one device, C tokens of a chunk,
+L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from qwen_jax.layers.moe import RouterStats
+from qwen_jax.sharding import RULES, activation_spec, current_mesh
+
+# Tokens whose float32 logits a device holds at a time: 0.6 GB at Qwen's vocabulary, enough rows to fill a matrix unit.
+CHUNK = 1024
+
+
+class LossSums(flax.struct.PyTreeNode):
+    """float32 sums over tokens, each weighted by the loss mask; divide by `tokens` for means. Sums of parts add up."""
+
+    loss: jax.Array  # cross-entropy plus z-loss; the only field with a gradient
+    cross_entropy: jax.Array  # nats
+    correct: jax.Array  # tokens whose target has the highest logit
+    tokens: jax.Array
+
+
+def cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    loss_mask: jax.Array,
+    *,
+    z_loss: float = 0.0,
+    chunk: int = CHUNK,
+) -> LossSums:
+    """Sums of -log softmax(hidden head^T)[target] + z_loss * logsumexp^2 (PaLM, section 5) where loss_mask counts.
+
+    hidden [B, T, D] in the compute dtype; head [V, D] of any float dtype, cast to it; targets [B, T] int32; loss_mask
+    [B, T] float32, any weights. Logits and sums are float32. The gradient of `loss` is computed in the same pass over
+    the chunks (three matrix products in all, none repeated), the head's accumulated in float32. Under a mesh each
+    device takes chunks of its own tokens against its own rows of the vocabulary, and the head's gradient crosses the
+    mesh once.
+    """
+    return _cross_entropy(hidden, head, targets, loss_mask.astype(jnp.float32), z_loss, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, loss_mask: jax.Array, z_loss: float, chunk: int
+) -> LossSums:
+    return _on_mesh(hidden, head, targets, loss_mask, z_loss, chunk, with_gradients=False)[0]
+
+
+def _forward(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, loss_mask: jax.Array, z_loss: float, chunk: int
+) -> tuple[LossSums, Any]:
+    sums, gradients = _on_mesh(hidden, head, targets, loss_mask, z_loss, chunk, with_gradients=True)
+    empty_like_head = jnp.empty((0,), head.dtype)  # a residual must be an array, so the dtype travels as one
+    return sums, (gradients, empty_like_head)
+
+
+def _backward(_z_loss: float, _chunk: int, residuals: Any, cotangents: LossSums) -> tuple[Any, ...]:
+    (d_hidden, d_head), empty_like_head = residuals
+    scale = cotangents.loss
+    return (d_hidden * scale).astype(d_hidden.dtype), (d_head * scale).astype(empty_like_head.dtype), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _on_mesh(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    loss_mask: jax.Array,
+    z_loss: float,
+    chunk: int,
+    with_gradients: bool,
+) -> tuple[LossSums, Any]:
+    head = head.astype(hidden.dtype)
+    mesh = current_mesh()
+    if mesh is None:
+        return _on_device(hidden, head, targets, loss_mask, z_loss, chunk, with_gradients, None)
+    tokens = activation_spec(mesh, targets.shape, "batch", "sequence")
+    scattered = activation_spec(mesh, targets.shape, "batch", "residual")
+    over_tokens = tuple(jax.tree.leaves(tuple(tokens)))
+    head_spec = RULES.spec(("vocab", "embed" if set(RULES.embed) <= set(over_tokens) else None))
+    layout = _Layout(over_tokens, head_spec[1], scattered != tokens)
+    gradient_specs = (PartitionSpec(*scattered, None), head_spec) if with_gradients else None
+    return jax.shard_map(
+        lambda *args: _on_device(*args, z_loss, chunk, with_gradients, layout),
+        in_specs=(PartitionSpec(*tokens, None), RULES.spec(("vocab", None)), tokens, tokens),
+        out_specs=(PartitionSpec(), gradient_specs),
+        check_vma=False,
+    )(hidden, head, targets, loss_mask)
+
+
+class _Layout(NamedTuple):
+    """How the arrays of `_on_device` lie on the mesh."""
+
+    over_tokens: tuple[str, ...]  # mesh axes that the tokens are split over
+    over_width: tuple[str, ...] | None  # of those, the axes that the head's gradient shall be split over
+    scatter_hidden: bool  # whether the gradient of the hidden states shall be split over `tensor` along T
+
+
+def _on_device(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    loss_mask: jax.Array,
+    z_loss: float,
+    chunk: int,
+    with_gradients: bool,
+    layout: _Layout | None,
+) -> tuple[LossSums, Any]:
+    """One device's tokens against its rows of the vocabulary; without a layout, all tokens and all rows."""
+    num_rows, width = head.shape
+    num_tokens = targets.size
+    num_chunks = -(-num_tokens // chunk)
+    size = -(-num_tokens // num_chunks)
+    over_vocab = RULES.vocab if layout else ()
+    first_row = lax.axis_index(over_vocab) * num_rows if layout else 0
+
+    def chunked(x: jax.Array, *rest: int) -> jax.Array:
+        x = x.reshape(num_tokens, *rest)
+        if padding := num_chunks * size - num_tokens:
+            x = jnp.pad(x, ((0, padding), *((0, 0) for _ in rest)))
+        return x.reshape(num_chunks, size, *rest)
+
+    def step(carry: Any, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array | None]:
+        sums, d_head = carry
+        h, target, weight = part  # [C, D], [C], [C]
+        logits = _dot(h, head, 1, 1)  # [C, V]
+        highest = jnp.max(logits, axis=-1)
+        highest = lax.pmax(highest, over_vocab) if over_vocab else highest
+        exp = jnp.exp(logits - highest[:, None])
+        is_target = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == (target - first_row)[:, None]
+        total, target_logit = jnp.sum(exp, axis=-1), jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        if over_vocab:
+            total, target_logit = lax.psum((total, target_logit), over_vocab)
+        log_sum = jnp.log(total) + highest
+        nll = log_sum - target_logit
+        sums += jnp.stack(
+            [
+                jnp.sum(weight * (nll + z_loss * jnp.square(log_sum))),
+                jnp.sum(weight * nll),
+                jnp.sum(weight * (target_logit >= highest)),
+                jnp.sum(weight),
+            ]
+        )
+        if not with_gradients:
+            return (sums, None), None
+        of_exp = weight * (1 + 2 * z_loss * log_sum) / total
+        d_logits = exp * of_exp[:, None] - jnp.where(is_target, weight[:, None], 0.0)
+        d_logits = d_logits.astype(h.dtype)
+        d_hidden = _dot(d_logits, head, 1, 0).astype(h.dtype)  # [C, D]
+        return (sums, d_head + _dot(d_logits, h, 0, 0)), d_hidden
+
+    parts = (chunked(hidden, width), chunked(targets), chunked(loss_mask))
+    d_head = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
+    (sums, d_head), d_hidden = lax.scan(step, (jnp.zeros(4), d_head), parts)
+    if layout:
+        sums = lax.psum(sums, layout.over_tokens)
+    if not with_gradients:
+        return LossSums(*sums), None
+    d_hidden = d_hidden.reshape(-1, width)[:num_tokens].reshape(hidden.shape)
+    if layout:
+        rest = layout.over_tokens
+        if layout.over_width:
+            d_head = lax.psum_scatter(d_head, layout.over_width, scatter_dimension=1, tiled=True)
+            rest = tuple(axis for axis in rest if axis not in layout.over_width)
+        d_head = lax.psum(d_head, rest)
+        if layout.scatter_hidden:
+            d_hidden = lax.psum_scatter(d_hidden, over_vocab, scatter_dimension=1, tiled=True)
+        else:
+            d_hidden = lax.psum(d_hidden, over_vocab)
+    return LossSums(*sums), (d_hidden, d_head)
+
+
+def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    """float32 product of two matrices, summed over the named axis of each."""
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def balance_loss(stats: RouterStats, counts: RouterStats | None = None) -> jax.Array:
+    """E * sum_e f_e P_e, with the gradient through P only (Switch, arXiv 2101.03961; `top_k` when balanced).
+
+    stats: of this micro-batch, leading axis L. P_e, the mean router probability, is this micro-batch's. f_e, the share
+    of assignments, is this micro-batch's too; or, given `counts`, of all micro-batches summed there, so that experts
+    may specialise within one (global-batch balance, arXiv 2501.11873).
+    """
+    counts = lax.stop_gradient(counts or stats)
+    fraction = jnp.sum(counts.assignments, 0) / jnp.sum(counts.num_tokens)
+    prob = jnp.sum(stats.prob_sums, 0) / jnp.sum(stats.num_tokens)
+    return stats.assignments.shape[-1] * jnp.sum(fraction * prob)
