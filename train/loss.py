@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from qwen_jax.layers.moe import RouterStats
-from qwen_jax.sharding import RULES, activation_spec, current_mesh
+from qwen_jax.sharding import activation_spec, current_mesh
 
 # Tokens whose float32 logits a device holds at a time: 0.6 GB at Qwen's vocabulary, enough rows to fill a matrix unit.
 CHUNK = 1024
@@ -91,12 +91,14 @@ def _on_mesh(
     tokens = activation_spec(mesh, targets.shape, "batch", "sequence")
     scattered = activation_spec(mesh, targets.shape, "batch", "residual")
     over_tokens = tuple(jax.tree.leaves(tuple(tokens)))
-    head_spec = RULES.spec(("vocab", "embed" if set(RULES.embed) <= set(over_tokens) else None))
-    layout = _Layout(over_tokens, head_spec[1], scattered != tokens)
-    gradient_specs = (PartitionSpec(*scattered, None), head_spec) if with_gradients else None
+    rows, width = activation_spec(mesh, head.shape, "vocab", "embed")
+    if not set(jax.tree.leaves(width)) <= set(over_tokens):
+        width = None  # those devices have the same tokens, so theirs are not parts of a sum
+    layout = _Layout(over_tokens, rows, width, scattered != tokens)
+    gradient_specs = (PartitionSpec(*scattered, None), PartitionSpec(rows, width)) if with_gradients else None
     return jax.shard_map(
-        lambda *args: _on_device(*args, z_loss, chunk, with_gradients, layout),
-        in_specs=(PartitionSpec(*tokens, None), RULES.spec(("vocab", None)), tokens, tokens),
+        functools.partial(_on_device, z_loss=z_loss, chunk=chunk, with_gradients=with_gradients, layout=layout),
+        in_specs=(PartitionSpec(*tokens, None), PartitionSpec(rows, None), tokens, tokens),
         out_specs=(PartitionSpec(), gradient_specs),
         check_vma=False,
     )(hidden, head, targets, loss_mask)
@@ -106,8 +108,9 @@ class _Layout(NamedTuple):
     """How the arrays of `_on_device` lie on the mesh."""
 
     over_tokens: tuple[str, ...]  # mesh axes that the tokens are split over
-    over_width: tuple[str, ...] | None  # of those, the axes that the head's gradient shall be split over
-    scatter_hidden: bool  # whether the gradient of the hidden states shall be split over `tensor` along T
+    over_vocab: Any  # mesh axis or axes that the head's rows are split over, or None
+    over_width: Any  # of `over_tokens`, those that the columns of the head's gradient shall be split over, or None
+    scatter_hidden: bool  # whether the gradient of the hidden states shall be split over `over_vocab` along T
 
 
 def _on_device(
@@ -125,8 +128,8 @@ def _on_device(
     num_tokens = targets.size
     num_chunks = -(-num_tokens // chunk)
     size = -(-num_tokens // num_chunks)
-    over_vocab = RULES.vocab if layout else ()
-    first_row = lax.axis_index(over_vocab) * num_rows if layout else 0
+    over_vocab = layout.over_vocab if layout else None
+    first_row = lax.axis_index(over_vocab) * num_rows if over_vocab else 0
 
     def chunked(x: jax.Array, *rest: int) -> jax.Array:
         x = x.reshape(num_tokens, *rest)
@@ -168,18 +171,18 @@ def _on_device(
     (sums, d_head), d_hidden = lax.scan(step, (jnp.zeros(4), d_head), parts)
     if layout:
         sums = lax.psum(sums, layout.over_tokens)
-    if not with_gradients:
+    if d_hidden is None:
         return LossSums(*sums), None
     d_hidden = d_hidden.reshape(-1, width)[:num_tokens].reshape(hidden.shape)
     if layout:
         rest = layout.over_tokens
         if layout.over_width:
             d_head = lax.psum_scatter(d_head, layout.over_width, scatter_dimension=1, tiled=True)
-            rest = tuple(axis for axis in rest if axis not in layout.over_width)
+            rest = tuple(axis for axis in rest if axis not in jax.tree.leaves(layout.over_width))
         d_head = lax.psum(d_head, rest)
         if layout.scatter_hidden:
             d_hidden = lax.psum_scatter(d_hidden, over_vocab, scatter_dimension=1, tiled=True)
-        else:
+        elif over_vocab:
             d_hidden = lax.psum(d_hidden, over_vocab)
     return LossSums(*sums), (d_hidden, d_head)
 

@@ -160,7 +160,7 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float, moments: Moments) 
 
         return AdamState(count, zeros(True), zeros(False))
 
-    def update(updates: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
         count = state.count + 1
         correct1, correct2 = 1 - beta1**count, 1 - beta2**count
 

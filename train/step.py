@@ -157,11 +157,13 @@ def jit_train_step(
     step: StepConfig,
     total_steps: int,
     mesh: Mesh,
-    rows: int,
+    batch_size: int,
     length: int,
 ) -> Any:
-    """`make_train_step` for batches [batch_size, length] on `mesh`, ready to lower: the state is donated, and its layout is
-    the same before and after. Call it, and lower it, under `jax.set_mesh(mesh)`."""
+    """`make_train_step` for batches [batch_size, length] on `mesh`, ready to lower.
+
+    The state is donated; its layout is the same before and after. Call it, and lower it, under `jax.set_mesh(mesh)`.
+    """
     state = state_shardings(model, optimizer, mesh)
     return jax.jit(
         make_train_step(model, optimizer, step, total_steps),

@@ -153,7 +153,7 @@ def test_frozen_parameters_leave_and_return():
 
 
 @pytest.mark.parametrize(
-    "pattern, said", [(("nothing",), "finds no parameter"), ((".",), "every parameter"), (("(",), "not a regular")]
+    "pattern, said", [("nothing", "finds no parameter"), (".", "every parameter"), ("(", "not a regular")]
 )
 def test_bad_patterns_are_refused(pattern, said):
     with pytest.raises(InputError, match=said):
