@@ -200,6 +200,7 @@ def forward(
     # a sequence that fits in one chunk needs no Dual Chunk Attention: it would be plain attention
     chunk_length = config.dual_chunk.chunk_length if config.dual_chunk else longest
     chunk_length = chunk_length if chunk_length < longest else None
+    offset = 0 if cache is None else cache.lengths if positions is None else None
     if positions is None:
         start = cache.lengths[:, None] if cache is not None else jnp.zeros((1, 1), jnp.int32)
         positions = jnp.broadcast_to(start + jnp.arange(num_tokens)[None], tokens.shape)
@@ -211,7 +212,7 @@ def forward(
         key_positions,
         segment_ids,
         key_segments,
-        offset=0 if cache is None else None,
+        offset=offset,
         chunk_length=chunk_length,
     )
     rotary = rotary_tables(config, positions, lengths, dual_chunk=chunk_length is not None)
@@ -237,14 +238,14 @@ def forward(
         router = jax.tree.map(lambda *layers: jnp.stack(layers), *routers)
         layers = jnp.stack(residuals) if return_layers else None
     else:
-        # layers without a window get one that holds every position
-        window = None if windows[0] is None and len(set(windows)) == 1 else jnp.asarray([w or 2**30 for w in windows])
+        # of differing layers, those without a window get one that holds every position
+        window = None if len(set(windows)) == 1 else jnp.asarray([w or 2**30 for w in windows])
 
         def scanned(carry: Any, per_layer: Any) -> tuple[Any, Any]:
             x, cache = carry
             x = checkpoint_name(x, "residual")
             layer_params, layer, window = per_layer
-            x, kv, cache, router = run(layer_params, x, cache, layer, window)
+            x, kv, cache, router = run(layer_params, x, cache, layer, windows[0] if window is None else window)
             return (x, cache), (kv if keep_kv else None, router, x if return_layers else None)
 
         per_layer = (params["layers"], jnp.arange(config.num_layers), window)

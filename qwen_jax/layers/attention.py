@@ -1,5 +1,7 @@
 """Attention: what may be seen as data, the plain computation, and the layer around it."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +17,7 @@ from qwen_jax.layers.linear import Linear, residual_std
 from qwen_jax.layers.norm import RMSNorm
 from qwen_jax.layers.rope import Rotary, rotate
 from qwen_jax.layers.sharded_attention import repeat_heads, sharded_attention
-from qwen_jax.sharding import constrain, current_mesh
+from qwen_jax.sharding import constrain, current_mesh, target_platform
 
 # Long prompts attend in blocks of queries, which bounds the [B, H, T, S] scores that the plain computation holds.
 QUERY_BLOCK = 512
@@ -33,7 +35,7 @@ class AttentionSpec(flax.struct.PyTreeNode):
     query_segments: jax.Array | None = None  # [B, T]
     key_segments: jax.Array | None = None  # [B, S]
     window: jax.Array | int | None = None
-    # Where key `offset + i` is query i's own token, so that no query sees a key further along than that. None: unknown.
+    # Key `offset + i` is query i's own token, so that no query sees a key further along; int, or [B]. None: unknown.
     offset: jax.Array | int | None = None
     # Dual Chunk Attention: tokens per chunk. Queries then come as three, for keys 0, 1, and 2 or more chunks back.
     chunk_length: int | None = flax.struct.field(pytree_node=False, default=None)
@@ -77,11 +79,17 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> 
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
-    """`attention` on one device, and the log-sum-exp of the scores, float32 [B, H, T], by which parts are merged."""
+    """`attention` on one device, and the log-sum-exp of the scores, float32 [B, H, T], by which parts are merged.
+
+    The one place where an implementation is chosen: a kernel where the platform has one for these shapes.
+    """
+    if kernel := _kernel(q, spec):
+        return kernel(q, k, v)
     num_queries, num_keys = q.shape[-3], k.shape[2]
-    if 1 < num_queries and KEY_BLOCK < num_keys and spec.offset is None:
+    among_themselves = isinstance(spec.offset, int) and spec.offset == 0
+    if 1 < num_queries and KEY_BLOCK < num_keys and not among_themselves:
         return _attend_by_key_blocks(q, k, v, spec)
-    if isinstance(spec.offset, int) and spec.offset == 0 and num_queries <= CAUSAL_BLOCKS * QUERY_BLOCK:
+    if among_themselves and num_queries <= CAUSAL_BLOCKS * QUERY_BLOCK:
         size = max(SMALLEST_BLOCK, -(-num_queries // CAUSAL_BLOCKS))
         parts = [
             plain_attention(
@@ -104,6 +112,39 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tup
 
     out, lse = lax.map(one, (blocks(q, q.ndim - 3), blocks(spec.query_positions), blocks(spec.query_segments)))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[-4:]), jnp.moveaxis(lse, 0, 2).reshape(*lse.shape[1:3], -1)
+
+
+def _kernel(q: jax.Array, spec: AttentionSpec) -> Callable[..., tuple[jax.Array, jax.Array]] | None:
+    """The kernel for these queries on the platform of the running trace; None: attention in plain jnp."""
+    platform = target_platform()
+    if platform == "cpu" or spec.offset is None or isinstance(spec.window, jax.Array) or q.shape[-1] not in (64, 128):
+        return None
+    if spec.chunk_length and spec.query_segments is not None:
+        return None  # the kernels' chunks begin with the row, those of packed documents with the document
+    packed = spec.query_segments is not None and spec.key_segments is not None
+    segments = (spec.query_segments, spec.key_segments) if packed else (None, None)
+    known: dict[str, Any] = {"window": spec.window, "chunk_length": spec.chunk_length}
+    if platform == "tpu" and q.shape[-3] == 1 and not packed:
+        from qwen_jax.kernels.decode import decode_attention
+
+        def decode(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = decode_attention(q[..., 0, :, :], k, v, spec.query_positions[:, 0] + 1, **known)
+            return out[:, None], jnp.zeros((*out.shape[:2], 1))  # nothing is merged with it
+
+        return decode
+    if platform == "tpu":
+        from qwen_jax.kernels.flash import flash_attention_lse
+    elif jnp.ndim(spec.offset) == 0:
+        from qwen_jax.kernels.flash_gpu import flash_attention_lse
+    else:
+        return None
+    return functools.partial(
+        flash_attention_lse,
+        query_segments=segments[0],
+        key_segments=segments[1],
+        query_offset=spec.offset,
+        **known,
+    )
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:

@@ -44,10 +44,9 @@ def sharded_attention(
     arrays = {f.name: x for f in dataclasses.fields(spec) if isinstance(x := getattr(spec, f.name), jax.Array)}
 
     def array_spec(name: str, x: jax.Array) -> PartitionSpec:
-        if x.ndim != 2:
-            return PartitionSpec()
-        rows = out_spec[0] if x.shape[0] == out_shape[0] else None
-        return PartitionSpec(rows, out_spec[1] if name.startswith("query") else kv_spec[2])
+        rows = out_spec[0] if x.shape[:1] == out_shape[:1] else None
+        sequence = out_spec[1] if name.startswith("query") else kv_spec[2]
+        return PartitionSpec(*(rows, sequence)[: x.ndim])
 
     if not split:
         local = _alone

@@ -35,7 +35,7 @@ def attend(config: ModelConfig, q, k, v, positions, segments, lengths=None):
     q = jnp.stack([rotate(q, tables) for tables in rotary.query])
     k, v = jnp.swapaxes(rotate(k, rotary.key), 1, 2), jnp.swapaxes(v, 1, 2)
     chunk_length = config.dual_chunk.chunk_length
-    spec = AttentionSpec(positions, positions, segments, segments, same_tokens=True, chunk_length=chunk_length)
+    spec = AttentionSpec(positions, positions, segments, segments, offset=0, chunk_length=chunk_length)
     return attention(q, k, v, spec)
 
 
