@@ -184,7 +184,8 @@ def test_length_shares(tmp_path):
     assert not any("l" in row.replace("<|endoftext|>", "") and "s" in row.replace("<|endoftext|>", "") for row in rows)
 
 
-def test_a_program_that_forgets_to_close_ends_cleanly(tmp_path, config):
+@pytest.mark.parametrize(("workers", "closes"), [(0, True), (1, False)])
+def test_a_program_ends_cleanly_whether_it_closes_or_not(tmp_path, config, workers, closes):
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -194,8 +195,13 @@ from train.data.loader import make_loader
 
 if __name__ == "__main__":
     sources = (SourceConfig({config.sources[0].path!r}),)
-    loader = make_loader(DataConfig(sources, sequence_length=64, batch_size=4, num_workers=1), byte_tokenizer())
-    print(next(loader)["tokens"].shape)
+    config = DataConfig(sources, sequence_length=64, batch_size=4, num_workers={workers})
+    loader = make_loader(config, byte_tokenizer())
+    for _ in range(16):
+        batch = next(loader)
+    print(batch["tokens"].shape)
+    if {closes}:
+        loader.close()
 """
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
