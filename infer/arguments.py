@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -53,9 +53,18 @@ class SamplingArguments:
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A text that ends the answer and is not part of it; may be repeated."""
 
-    def sampling(self, qwen: Qwen) -> Sampling:
+    def _given(self) -> dict[str, Any]:
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed")
-        return qwen.sampling(**{name: getattr(self, name) for name in names})
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def check(self) -> None:
+        """Raises InputError for an impossible value, before a model is loaded for it."""
+        from infer.sampling import Sampling
+
+        Sampling(**self._given())
+
+    def sampling(self, qwen: Qwen) -> Sampling:
+        return qwen.sampling(**self._given())
 
 
 def peak_memory_gib() -> float:

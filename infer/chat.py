@@ -72,6 +72,8 @@ class Conversation:
                 raise InputError("there is no message to answer again.")
             while self.messages[-1]["role"] != "user":
                 self.messages.pop()
+            # the same seed would give the same answer
+            self.settings = dataclasses.replace(self.settings, seed=self.settings.seed + 1)
             return self._say(self.messages.pop()["content"])
         elif name == "set":
             self._set(*rest.partition(" ")[::2])
@@ -136,6 +138,7 @@ class Conversation:
 
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Arguments, args=argv, prog="qwen-jax chat")
+    options.sampling.check()
     qwen = options.load()
     if not qwen.is_chat_model:
         print("This is a base model: it was not trained to chat.")

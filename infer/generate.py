@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("the prompt is empty; give one as an argument or on standard input.")
     if options.logprobs is not None and not 0 <= options.logprobs <= 20:
         raise InputError(f"--logprobs {options.logprobs} is not possible; it must be between 0 and 20.")
+    options.sampling.check()
     qwen = options.load()
     as_chat = qwen.is_chat_model and not options.raw
     if options.system and not as_chat:

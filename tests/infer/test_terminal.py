@@ -83,6 +83,14 @@ def test_retry_asks_the_same_again(talk, prompts):
     assert prompts[2] == prompts[1] == f"u:hi;a:{ANSWER};u:more;?"
 
 
+def test_retry_takes_another_seed(talk, monkeypatch):
+    seeds = []
+    plain = SamplingArguments.sampling
+    monkeypatch.setattr(SamplingArguments, "sampling", lambda self, qwen: seeds.append(self.seed) or plain(self, qwen))
+    talk("hi", "/retry", "/retry")
+    assert seeds == [0, 1, 2]
+
+
 def test_set(talk, prompts):
     out = talk("/set max_tokens 3", "hi", "/set top_p 0.5")
     assert "ABC\n" in out and "ABCD" not in out
