@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
@@ -109,24 +108,11 @@ def program_of(options: Compile) -> Program:
         weights=options.weights,
     )
     num_devices = parse_target(target).num_devices
-    mesh = MeshConfig(**parse_mesh(options.mesh)) if options.mesh else default_mesh(program, num_devices)
+    mesh = MeshConfig.parse(options.mesh) if options.mesh else default_mesh(program, num_devices)
     sizes = dict(zip(AXES, mesh.sizes(num_devices), strict=True))
     rows = math.prod(sizes[axis] for axis in RULES.batch) * options.accumulate
     used = tuple((axis, size) for axis, size in sizes.items() if size != 1)
     return dataclasses.replace(program, mesh=used, batch=options.batch or rows)
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """`fsdp=32,tensor=4` -> {"fsdp": 32, "tensor": 4}. Raises InputError for other text."""
-    from qwen_jax.sharding import AXES
-
-    sizes = {}
-    for item in text.replace(" ", "").split(","):
-        axis, _, size = item.partition("=")
-        if axis not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
-            raise InputError(f"{item!r} is no mesh axis; write sizes of {', '.join(AXES)}, such as fsdp=32,tensor=4.")
-        sizes[axis] = int(size)
-    return sizes
 
 
 def default_mesh(program: Program, num_devices: int) -> MeshConfig:

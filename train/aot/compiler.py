@@ -18,7 +18,7 @@ from train.aot import hlo
 from train.aot.census import Wires, census
 from train.aot.memory import Allocation, Memory, OutOfMemory
 from train.aot.programs import Program, check
-from train.aot.report import Report, short_name
+from train.aot.report import Report
 from train.aot.targets import parse_target
 from train.aot.worker import ENVIRONMENT
 
@@ -97,10 +97,8 @@ def report(program: Program, path: Path) -> Report:
     else:
         memory = Memory(**artifact["memory"])
         wires = Wires(topology, artifact["mesh"], artifact["coordinates"])
-        module = hlo.parse(artifact["hlo"])
-        found = census(module, wires)
-        if program.step == "decode":
-            copies = tuple(f"{array} of {short_name(i.op_name) or i.name}" for array, i in hlo.copies(module))
+        found = census(hlo.parse(artifact["hlo"]), wires)
+        copies = tuple(Allocation(**copy) for copy in artifact["second_copies"])
     return Report(
         program=program,
         topology=topology,

@@ -437,20 +437,3 @@ def _through_bitcasts(computation: Computation, instruction: Instruction) -> Ins
     while instruction.opcode == "bitcast":
         instruction = computation[instruction.operands[0]]
     return instruction
-
-
-def copies(module: Module) -> list[tuple[Array, Instruction]]:
-    """What a decode step should never write to HBM: an array as large as the cache of a layer, which is then a second
-    one, or as an int8 matrix but wider, which is that matrix converted."""
-    parameters = [i for i in module.computations[module.entry].values() if i.opcode == "parameter"]
-    caches = {math.prod(i.arrays[0].dims) for i in parameters if ".cache." in i.op_name and i.hbm_bytes > 4096}
-    matrices = {math.prod(i.arrays[0].dims) for i in parameters if i.arrays and i.arrays[0].dtype == "s8"}
-    found = []
-    for instruction, name, _ in scheduled(module):
-        written = hbm_traffic(module, module.computations[name], instruction)
-        for array in instruction.arrays:
-            size = math.prod(array.dims)
-            wide = array.dtype in ("bf16", "f16", "f32")
-            if wide and size in caches | matrices and array.hbm_bytes and written >= array.hbm_bytes:
-                found.append((array, instruction))
-    return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections.abc import Sequence
 
 from train.aot import hlo
 
@@ -73,18 +75,42 @@ def _listed_allocations(message: str) -> tuple[Allocation, ...]:
     return tuple(found)
 
 
-def largest_allocations(buffer_assignment: str, module: hlo.Module, count: int = 3) -> tuple[Allocation, ...]:
-    """The largest blocks of HBM in a buffer assignment, each named by an operation whose result lives in it."""
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A part of HBM in a buffer assignment, with the largest value that lives in it at some time."""
+
+    allocation: Allocation
+    is_temporary: bool
+    elements: int
+
+
+def blocks(buffer_assignment: str, module: hlo.Module) -> list[Block]:
+    """All blocks of HBM, the largest first, each named by an operation of the JAX program where one is known."""
     names = {i.name: i.op_name for computation in module.computations.values() for i in computation.values()}
-    blocks: dict[tuple[str, int], tuple[tuple[int, bool], Allocation]] = {}
-    allocation, in_hbm = "", False
+    found: dict[tuple[str, int], tuple[tuple[int, bool], Block]] = {}
+    allocation, in_hbm, temporary = "", False, False
     for line in buffer_assignment.splitlines():
         if header := re.match(r"allocation (\d+): size \d+, (color [1-9])?", line):
-            allocation, in_hbm = header[1], header[2] is None
+            allocation, in_hbm, temporary = header[1], header[2] is None, "preallocated-temp" in line
         elif in_hbm and (value := re.match(r" value: <\d+ ([^\s{]+).*\(size=(\d+),offset=(\d+)\): (\S+?)[{\s]", line)):
-            size, op_name = int(value[2]), names.get(value[1], "")
+            size, op_name = int(value[2]), names.get(value[1], "").replace("\\'", "'")
             rank, place = (size, bool(op_name)), (allocation, int(value[3]))
-            if place not in blocks or rank > blocks[place][0]:
-                blocks[place] = rank, Allocation(size, value[4], op_name or value[1])
-    largest = sorted(blocks.values(), key=lambda block: -block[1].num_bytes)[:count]
-    return tuple(block for _, block in largest)
+            if place not in found or rank > found[place][0]:
+                dims = [int(d) for d in re.findall(r"\d+", value[4].partition("[")[2])]
+                named = Allocation(size, value[4], op_name or value[1])
+                found[place] = rank, Block(named, temporary, math.prod(dims))
+    return sorted((block for _, block in found.values()), key=lambda block: -block.allocation.num_bytes)
+
+
+def second_copies(found: Sequence[Block], module: hlo.Module) -> list[Allocation]:
+    """Temporary blocks as large as a layer's cache, or, wider, as an int8 matrix: of each there should be one only."""
+    parameters = [i for i in module.computations[module.entry].values() if i.opcode == "parameter" and i.arrays]
+    caches = {math.prod(i.arrays[0].dims) for i in parameters if "cache." in i.op_name and len(i.arrays[0].dims) > 3}
+    matrices = {math.prod(i.arrays[0].dims) for i in parameters if i.arrays[0].dtype == "s8"}
+    return [
+        block.allocation
+        for block in found
+        if block.is_temporary
+        and block.elements in caches | matrices
+        and block.allocation.shape.startswith(("bf16", "f16", "f32"))
+    ]

@@ -137,7 +137,7 @@ def _abstract_cache(program: Program, mesh: Mesh) -> Any:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from qwen_jax.cache import empty_cache
-    from qwen_jax.sharding import activation_sharding, cache_axes
+    from qwen_jax.sharding import activation_sharding
 
     with jax.set_mesh(mesh):
         cache = jax.eval_shape(
@@ -150,7 +150,7 @@ def _abstract_cache(program: Program, mesh: Mesh) -> Any:
     def laid_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, PartitionSpec())
         if leaf.ndim == 4:
-            sharding = activation_sharding(mesh, leaf.shape, *cache_axes(stacked=False))
+            sharding = activation_sharding(mesh, leaf.shape, "batch", "kv_heads", "sequence", "head_dim")
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(laid_out, cache)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Any
 
 from train.aot import flops
 from train.aot.census import Census
 from train.aot.chips import GIB, Topology
-from train.aot.memory import Memory, OutOfMemory
+from train.aot.memory import Allocation, Memory, OutOfMemory
 from train.aot.programs import Program
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Report:
     memory: Memory | None
     census: Census | None
     out_of_memory: OutOfMemory | None
-    copies: tuple[str, ...]  # of decode: arrays that are the cache, or an int8 matrix, once more
+    copies: tuple[Allocation, ...]  # temporaries that are a layer's cache, or an int8 matrix, once more
     lower_seconds: float
     compile_seconds: float
     versions: dict[str, str]
@@ -104,7 +105,9 @@ class Report:
             if reduced > 0.05 * (reduced + scattered):
                 found.append(f"{reduced / 1e9:.2f} GB of all-reduces over fsdp, where gradients could be scattered")
         if self.copies:
-            found.append(f"{len(self.copies)} copies of the cache or of int8 weights, such as {self.copies[0]}")
+            size = sum(copy.num_bytes for copy in self.copies)
+            copy = f"{self.copies[0].shape} of {short_name(self.copies[0].name)}"
+            found.append(f"{gib(size)} GiB of the cache or of int8 weights are in memory twice, such as {copy}")
         return found
 
     def as_json(self) -> dict[str, Any]:
@@ -185,7 +188,8 @@ def advice(program: Program) -> list[str]:
 
 
 def short_name(op_name: str) -> str:
-    """The telling end of an operation's path: `jit(step)/while/body/mlp/gate/dot_general` -> `mlp/gate/dot_general`."""
+    """The telling part of an operation's path or an argument's name: `jit(step)/while/body/mlp/gate/dot_general` ->
+    `mlp/gate/dot_general`, `params['embed']['embedding']` -> `params/embed/embedding`."""
     skipped = (
         "jit(",
         "jvp(",
@@ -198,7 +202,8 @@ def short_name(op_name: str) -> str:
         "vmap(",
     )
     parts = [part for part in op_name.split("/") if not part.startswith(skipped)]
-    return "/".join(parts[-3:]) or op_name
+    name = "/".join(parts[-3:]) or op_name
+    return re.sub(r"\['?([^\]']*)'?\]", r"/\1", name)
 
 
 # --- For people -------------------------------------------------------------------------------------------------------

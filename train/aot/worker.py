@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import glob
 import gzip
 import hashlib
@@ -14,7 +16,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ ENVIRONMENT = {
 }
 
 # What a cached artifact was made of besides the lowered program.
-FORMAT = 2
+FORMAT = 3
 
 
 def main() -> int:
@@ -91,7 +92,7 @@ def compile_lowered(lowered: Any, mode: str, platform: str) -> dict[str, Any]:
     """{memory, hlo} of the compiled program, or {out_of_memory} of one that does not fit."""
     import jax
 
-    from train.aot.memory import parse_out_of_memory
+    from train.aot.memory import parse_out_of_memory, second_copies
 
     with tempfile.TemporaryDirectory(prefix="qwen-jax-hlo-") as folder:
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "^$"}
@@ -105,9 +106,14 @@ def compile_lowered(lowered: Any, mode: str, platform: str) -> dict[str, Any]:
                 raise
             if mode == "full" and not refusal.allocations:
                 refusal = _explained(lowered, refusal)
-            return {"out_of_memory": _plain(refusal)}
+            return {"out_of_memory": dataclasses.asdict(refusal)}
         analysis = compiled.memory_analysis()
-        text = _scheduled_hlo(folder) if platform == "tpu" and mode == "full" else compiled.as_text()
+        copies = []
+        if platform == "tpu" and mode == "full":
+            text = _scheduled_hlo(folder)
+            copies = [dataclasses.asdict(copy) for copy in second_copies(*_buffers(folder))]
+        else:
+            text = compiled.as_text()
     memory = {
         "arguments": analysis.argument_size_in_bytes,
         "outputs": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
@@ -115,7 +121,17 @@ def compile_lowered(lowered: Any, mode: str, platform: str) -> dict[str, Any]:
         "code": analysis.generated_code_size_in_bytes,
         "host": analysis.host_temp_size_in_bytes,
     }
-    return {"memory": memory, "hlo": text}
+    return {"memory": memory, "hlo": text, "second_copies": copies}
+
+
+def _buffers(folder: str) -> Any:
+    """(blocks, module) of the buffer assignment in a folder of dumps."""
+    from train.aot import hlo
+    from train.aot.memory import blocks
+
+    largest = max(glob.glob(f"{folder}/*after_optimizations-buffer-assignment.txt"), key=os.path.getsize)
+    module = hlo.parse(Path(largest.replace("-buffer-assignment", "")).read_text())
+    return blocks(Path(largest).read_text(), module), module
 
 
 def _scheduled_hlo(folder: str) -> str:
@@ -126,31 +142,16 @@ def _scheduled_hlo(folder: str) -> str:
 
 def _explained(lowered: Any, refusal: Any) -> Any:
     """A refusal without a list of allocations, with one: the compiler is told to go on and dump what it would do."""
-    import dataclasses
-
     import jax
-
-    from train.aot import hlo
-    from train.aot.memory import largest_allocations
 
     with tempfile.TemporaryDirectory(prefix="qwen-jax-hlo-") as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "^$", "xla_tpu_no_crash_on_oom": "true"}
-        try:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # it ends in an invalid program in any case
             lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError:
-            pass
-        assignments = glob.glob(f"{folder}/*after_optimizations-buffer-assignment.txt")
-        if not assignments:
+        if not glob.glob(f"{folder}/*buffer-assignment.txt"):
             return refusal
-        largest = max(assignments, key=os.path.getsize)
-        module = hlo.parse(Path(largest.replace("-buffer-assignment", "")).read_text())
-        return dataclasses.replace(refusal, allocations=largest_allocations(Path(largest).read_text(), module))
-
-
-def _plain(refusal: Any) -> Mapping[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(refusal)
+        found, _ = _buffers(folder)
+        return dataclasses.replace(refusal, allocations=tuple(block.allocation for block in found[:8]))
 
 
 if __name__ == "__main__":
