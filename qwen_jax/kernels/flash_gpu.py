@@ -46,11 +46,12 @@ class Plan(NamedTuple):
     d_key: Blocks
 
 
-# float32 products run without the matrix units, which would round to TF32: small tiles, for the registers.
-FLOAT32 = Plan(Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2))
+# What the compiler fits into the registers of an H200. float32 products run without the matrix units, which would round
+# to TF32, and leave room for less.
+FLOAT32 = Plan(Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2), Blocks(32, 16, 4, 2))
 PLANS = {
     64: Plan(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
-    128: Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+    128: Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 3)),
 }
 
 
@@ -152,7 +153,8 @@ def flash_attention_lse(
     offsets = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32).reshape(-1), (batch,))
     windows = jnp.broadcast_to(jnp.minimum(0 if window is None else window, 1 << 30), (batch,)).astype(jnp.int32)
     static = _Static(window is not None, chunk_length, plan, interpret)
-    out, lse = _flash(static, q, k, v, jnp.stack([offsets, windows], axis=1), segments)
+    results: Any = _flash(static, q, k, v, jnp.stack([offsets, windows], axis=1), segments)
+    out, lse = results
     if real is not None:
         out = jnp.where(real, out, 0)
     return out.astype(dtype), lse
@@ -350,7 +352,7 @@ class _QueryTile:
         self.first = self.offset + start
         self.last = self.offset + jnp.minimum(start + blocks.query, shape.queries) - 1
         self.num_keys = jnp.minimum(self.last + 1, shape.keys)
-        self.segments = self.key_segments_ref = self.reach = None
+        self.segments: Any = None
         if segment_refs:
             query_segments_ref, self.key_segments_ref, reach_ref = segment_refs
             self.segments = triton.load(query_segments_ref, mask=self.real, other=NO_QUERY)
@@ -390,7 +392,7 @@ class _QueryTile:
             if variant > 0:
                 some[1], every[1] = (last - variant + 1) * chunk, (first - variant + 1) * chunk
         some[1], every[1] = jnp.minimum(some[1], self.num_keys), jnp.minimum(every[1], self.num_keys)
-        if self.reach is not None:
+        if self.segments is not None:
             some = [jnp.maximum(some[0], self.reach[0]), jnp.minimum(some[1], self.reach[1])]
         head = self.static.windowed or self.static.chunk_length is not None
         return _loop(some, every, self.blocks.key, self.segments is not None, head, True, step, carry)
@@ -407,7 +409,7 @@ class _KeyTile:
         self.last = jnp.minimum(self.first + blocks.key, shape.keys) - 1
         self.keys = self.first + jnp.arange(blocks.key)
         self.real = self.keys < shape.keys
-        self.segments = self.query_segments_ref = self.reach = None
+        self.segments: Any = None
         if segment_refs:
             self.query_segments_ref, key_segments_ref, reach_ref = segment_refs
             self.segments = triton.load(key_segments_ref, mask=self.real, other=NO_KEY)
@@ -447,7 +449,7 @@ class _KeyTile:
                 some[1] = jnp.minimum(some[1], (last + variant + 1) * chunk)
                 every[1] = jnp.minimum(every[1], (first + variant + 1) * chunk)
         some, every = ([x - self.offset for x in span] for span in (some, every))
-        if self.reach is not None:
+        if self.segments is not None:
             some = [jnp.maximum(some[0], self.reach[0]), jnp.minimum(some[1], self.reach[1])]
         tail = self.static.windowed or self.static.chunk_length is not None or self.shape.queries % self.blocks.query
         return _loop(some, every, self.blocks.query, self.segments is not None, True, bool(tail), step, carry)
@@ -530,14 +532,14 @@ class _Specs:
     def segments_of_query_tile(self, segments: Any) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
         if segments is None:
             return [], []
-        reach = _reach(*segments, self.blocks.query, self.blocks.key)
-        return [*segments, reach], self._of_query_tile
+        queries, keys = segments
+        return [queries, keys, _reach(queries, keys, self.blocks.query, self.blocks.key)], self._of_query_tile
 
     def segments_of_key_tile(self, segments: Any) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
         if segments is None:
             return [], []
-        reach = _reach(*segments[::-1], self.blocks.key, self.blocks.query)
-        return [*segments, reach], self._of_key_tile
+        queries, keys = segments
+        return [queries, keys, _reach(keys, queries, self.blocks.key, self.blocks.query)], self._of_key_tile
 
 
 def _reach(rows: jax.Array, others: jax.Array, row_block: int, other_block: int) -> jax.Array:
