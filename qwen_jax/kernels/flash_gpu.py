@@ -60,6 +60,7 @@ class _Static(NamedTuple):
 
     windowed: bool
     chunk_length: int | None
+    split_tiles: bool  # whether a tile may lie in two chunks, and so need a mask for that alone
     plan: Plan
     interpret: bool
 
@@ -152,7 +153,12 @@ def flash_attention_lse(
         plan = FLOAT32 if k.dtype == jnp.float32 else PLANS[128 if k.shape[-1] > 64 else 64]
     offsets = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32).reshape(-1), (batch,))
     windows = jnp.broadcast_to(jnp.minimum(0 if window is None else window, 1 << 30), (batch,)).astype(jnp.int32)
-    static = _Static(window is not None, chunk_length, plan, interpret)
+    split_tiles = chunk_length is not None and not (
+        isinstance(query_offset, int)
+        and query_offset + q.shape[2] <= k.shape[2]
+        and all(x % n == 0 for x in (chunk_length, query_offset) for blocks in plan for n in blocks[:2])
+    )
+    static = _Static(window is not None, chunk_length, split_tiles, plan, interpret)
     results: Any = _flash(static, q, k, v, jnp.stack([offsets, windows], axis=1), segments)
     out, lse = results
     if real is not None:
@@ -394,8 +400,9 @@ class _QueryTile:
         some[1], every[1] = jnp.minimum(some[1], self.num_keys), jnp.minimum(every[1], self.num_keys)
         if self.segments is not None:
             some = [jnp.maximum(some[0], self.reach[0]), jnp.minimum(some[1], self.reach[1])]
-        head = self.static.windowed or self.static.chunk_length is not None
-        return _loop(some, every, self.blocks.key, self.segments is not None, head, True, step, carry)
+        head = self.static.windowed or self.static.split_tiles
+        tail = head or variant == 0
+        return _loop(some, every, self.blocks.key, self.segments is not None, head, tail, step, carry)
 
 
 class _KeyTile:
@@ -451,8 +458,9 @@ class _KeyTile:
         some, every = ([x - self.offset for x in span] for span in (some, every))
         if self.segments is not None:
             some = [jnp.maximum(some[0], self.reach[0]), jnp.minimum(some[1], self.reach[1])]
-        tail = self.static.windowed or self.static.chunk_length is not None or self.shape.queries % self.blocks.query
-        return _loop(some, every, self.blocks.query, self.segments is not None, True, bool(tail), step, carry)
+        both = self.static.windowed or self.static.split_tiles
+        head, tail = both or variant == 0, both or self.shape.queries % self.blocks.query != 0
+        return _loop(some, every, self.blocks.query, self.segments is not None, head, tail, step, carry)
 
 
 def _loop(
@@ -465,7 +473,10 @@ def _loop(
     step: Callable[..., Any],
     carry: Any,
 ) -> Any:
-    """step(block, carry, masked) over the blocks of positions [some): without a mask where they lie in [every)."""
+    """step(block, carry, masked) over the blocks of positions [some): without a mask where they lie in [every).
+
+    `head` and `tail` say whether there can be blocks before and after those without a mask.
+    """
 
     def run(start: Any, stop: Any, masked: bool, carry: Any) -> Any:
         return lax.fori_loop(start, stop, lambda i, carry: step(i, carry, masked), carry)
