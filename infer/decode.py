@@ -91,11 +91,12 @@ def read_in_pieces(
     *,
     piece: int,
     only: jax.Array | None = None,
+    sparse: bool = False,
 ) -> tuple[Cache, Carry]:
     """Reads prompts [B, T] of `cache.prompt_lengths` into an empty cache, `piece` tokens at a time.
 
     After each piece carry = visit(carry, hidden [B, piece, D], index of the piece's first token); with `only` [B],
-    hidden is [B, 1, D]: of that token if it is in the piece, otherwise of one that means nothing.
+    hidden is [B, 1, D]: of that token if it is in the piece, otherwise of one that means nothing. sparse: as `forward`.
     """
     tokens = jnp.pad(tokens, [(0, 0), (0, -tokens.shape[1] % piece)])
 
@@ -108,6 +109,7 @@ def read_in_pieces(
             lax.dynamic_slice_in_dim(tokens, start, piece, axis=1),
             cache=cache.replace(lengths=jnp.full_like(cache.lengths, start)),
             only=None if only is None else jnp.clip(only - start, 0, piece - 1),
+            sparse=sparse,
         )
         return out.cache, visit(carry, out.hidden, start)
 
@@ -141,7 +143,8 @@ def _read(
         config, tokens.shape[0], capacity, cache_dtype or dtype, stacked=stacked, prompt_lengths=lengths
     )
     hidden = jnp.zeros((tokens.shape[0], config.hidden_size), dtype)
-    return read_in_pieces(config, params, tokens, cache, last, hidden, piece=piece, only=lengths - 1)
+    sparse = config.sparse_prefill is not None and tokens.shape[1] > config.sparse_prefill.threshold
+    return read_in_pieces(config, params, tokens, cache, last, hidden, piece=piece, only=lengths - 1, sparse=sparse)
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "capacity", "cache_dtype", "piece"))

@@ -13,6 +13,9 @@ from qwen_jax.errors import InputError
 ModelType = Literal["qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
 MODEL_TYPES: tuple[ModelType, ...] = ("qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
+# Beside config.json in a Qwen2.5-1M folder.
+SPARSE_FILE = "sparse_attention_config.json"
+
 HF_ARCHITECTURES = {
     "qwen": "QWenLMHeadModel",
     "qwen2": "Qwen2ForCausalLM",
@@ -74,6 +77,15 @@ class DualChunk:
 
 
 @dataclasses.dataclass(frozen=True)
+class SparsePrefill:
+    """Columns and diagonals that each head [L][H] reads of prompts longer than `threshold` (MInference)."""
+
+    vertical: tuple[tuple[int, ...], ...]
+    slash: tuple[tuple[int, ...], ...]
+    threshold: int = 32768
+
+
+@dataclasses.dataclass(frozen=True)
 class MoeConfig:
     """Mixture of experts in every layer: `top_k` of `num_experts`, and an optional always-on shared expert."""
 
@@ -108,6 +120,7 @@ class ModelConfig:
     window_sizes: tuple[int | None, ...] | None = None
     """of every layer, instead of `sliding_window`: Qwen1's layer-wise windows"""
     dual_chunk: DualChunk | None = None
+    sparse_prefill: SparsePrefill | None = None
     moe: MoeConfig | None = None
     initializer_range: float = 0.02
 
@@ -131,6 +144,13 @@ class ModelConfig:
                 f"layer_windows is {list(self.window_sizes)}; it needs one size of at least 1, or null for full "
                 f"attention, for each of the {self.num_layers} layers."
             )
+        if self.sparse_prefill:
+            found = [len(heads) for heads in (*self.sparse_prefill.vertical, *self.sparse_prefill.slash)]
+            if found != [self.num_heads] * 2 * self.num_layers:
+                raise InputError(
+                    f"sparse_attention_config does not give {self.num_heads} heads of {self.num_layers} layers, which "
+                    "this model has; it belongs to another model."
+                )
         if self.moe and not 0 < self.moe.top_k <= self.moe.num_experts:
             raise InputError(f"num_experts_per_tok={self.moe.top_k} must be between 1 and {self.moe.num_experts}.")
 
@@ -213,9 +233,22 @@ def load_config(path: str | Path) -> ModelConfig:
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not valid JSON ({error}); download it again.") from None
     try:
+        mapping = _with_sparse_file(mapping, path.with_name(SPARSE_FILE))
         return ModelConfig.from_hf(mapping)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _with_sparse_file(mapping: Any, path: Path) -> Any:
+    """The mapping with the sparse attention budgets that Qwen2.5-1M keeps in a file of their own."""
+    declared = mapping.get("dual_chunk_attention_config") if isinstance(mapping, Mapping) else None
+    if not declared or "sparse_attention_config" in declared or not path.exists():
+        return mapping
+    try:
+        budgets = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); download it again.") from None
+    return {**mapping, "dual_chunk_attention_config": {**declared, "sparse_attention_config": budgets}}
 
 
 # --- Hugging Face's config.json ---------------------------------------------------------------------------------------
@@ -342,6 +375,7 @@ def _from_hf(config: Mapping[str, Any]) -> ModelConfig:
         first_window_layer=first_window_layer,
         window_sizes=_windows_from_hf(values["layer_windows"]),
         dual_chunk=_dual_chunk_from_hf(values["dual_chunk_attention_config"]),
+        sparse_prefill=_sparse_from_hf(values["dual_chunk_attention_config"]),
         moe=_moe_from_hf(values, shared=model_type == "qwen2_moe") if moe_type else None,
         initializer_range=config.get("initializer_range", 0.02),
     )
@@ -446,6 +480,32 @@ def _dual_chunk_from_hf(raw: Mapping[str, Any] | None) -> DualChunk | None:
     return chunk
 
 
+def _sparse_from_hf(raw: Mapping[str, Any] | None) -> SparsePrefill | None:
+    """A list of {head: ["vertical_and_slash", vertical, slash, score]}, one mapping per layer, as MInference has it."""
+    layers = (raw or {}).get("sparse_attention_config")
+    if not raw or not layers or not raw.get("sparse_attention_enabled", True):
+        return None
+    vertical, slash = [], []
+    for i, layer in enumerate(layers):
+        heads = [layer.get(str(head)) for head in range(len(layer))]
+        if not all(isinstance(h, list) and len(h) >= 3 and h[0] == "vertical_and_slash" for h in heads):
+            raise InputError(
+                f"sparse_attention_config of layer {i} is not a mapping of every head to "
+                '["vertical_and_slash", vertical, slash, score]; no released Qwen has another pattern.'
+            )
+        vertical.append(tuple(int(h[1]) for h in heads))
+        slash.append(tuple(int(h[2]) for h in heads))
+    return SparsePrefill(tuple(vertical), tuple(slash), raw.get("sparse_attention_threshold", 32768))
+
+
+def sparse_to_hf(sparse: SparsePrefill) -> list[dict[str, list[Any]]]:
+    """The content of `sparse_attention_config.json`."""
+    return [
+        {str(head): ["vertical_and_slash", *budget, 1.0] for head, budget in enumerate(zip(*layer, strict=True))}
+        for layer in zip(sparse.vertical, sparse.slash, strict=True)
+    ]
+
+
 def _moe_from_hf(values: Mapping[str, Any], *, shared: bool) -> MoeConfig:
     needed = ["num_experts", "top_k", "expert_intermediate_size"] + ["shared_intermediate_size"] * shared
     if missing := [_SPELLINGS[name][0] for name in needed if values[name] is None]:
@@ -515,6 +575,9 @@ def _to_hf(c: ModelConfig) -> dict[str, Any]:
     if c.dual_chunk:
         fields = dataclasses.asdict(c.dual_chunk)
         fields["original_max_position_embeddings"] = fields.pop("original_length")
+        if c.sparse_prefill:
+            fields["sparse_attention_config"] = sparse_to_hf(c.sparse_prefill)
+            fields["sparse_attention_threshold"] = c.sparse_prefill.threshold
         out["dual_chunk_attention_config"] = fields
     if c.moe:
         out |= {

@@ -29,6 +29,7 @@ from qwen_jax.layers.mlp import Mlp
 from qwen_jax.layers.moe import Moe, RouterStats
 from qwen_jax.layers.norm import RMSNorm
 from qwen_jax.layers.rope import Rotary, rotary_tables
+from qwen_jax.layers.sparse import sparse_budgets
 from qwen_jax.sharding import check_divides, constrain, shardings
 
 Params = dict[str, Any]
@@ -181,6 +182,7 @@ def forward(
     keep_kv: bool = False,
     return_layers: bool = False,
     only: jax.Array | None = None,
+    sparse: bool = False,
     dtype: DTypeLike | None = None,
     remat: Remat = "none",
 ) -> Output:
@@ -192,8 +194,9 @@ def forward(
     int32: true sequence lengths, which switch on what is done at inference only (see `rotary_tables`); a cache carries
     its own. keep_kv: return the new keys and values. return_layers: return the residual stream after each layer. only
     [B] int32, without return_layers: the index of the one token in each row whose hidden state is wanted, as [B, 1, D];
-    an unrolled last layer computes no more. dtype: of the activations; default the embedding's. remat: what gradients
-    recompute.
+    an unrolled last layer computes no more. sparse: with a cache, read only what `config.sparse_prefill` lets each head
+    read, chosen by the last tokens that are no padding. dtype: of the activations; default the embedding's. remat: what
+    gradients recompute.
     """
     num_tokens = tokens.shape[1]
     longest = num_tokens if cache is None else cache.capacity
@@ -215,14 +218,17 @@ def forward(
         offset=offset,
         chunk_length=chunk_length,
     )
-    rotary = rotary_tables(config, positions, lengths, dual_chunk=chunk_length is not None)
+    rotary = rotary_tables(config, positions, lengths, dual_chunk=chunk_length is not None, sparse=sparse)
+    budgets = None
+    if sparse and cache is not None and config.sparse_prefill:
+        budgets = sparse_budgets(config.sparse_prefill, cache.prompt_lengths, positions)
     is_token = None if segment_ids is None else segment_ids != 0
     block, windows = Block(config), config.layer_windows()
 
     def run(
         layer_params: Params, x: jax.Array, cache: Cache | None, layer: Any, window: Any, only: jax.Array | None = None
     ) -> tuple[Any, ...]:
-        spec_here = spec.replace(window=window)
+        spec_here = spec.replace(window=window, sparse=budgets.of_layer(layer) if budgets else None)
         return block.apply({"params": layer_params}, x, rotary, spec_here, is_token, cache, layer, only)
 
     x: Any = _embedding(config).apply({"params": params["embed"]}, tokens, dtype)

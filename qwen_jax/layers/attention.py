@@ -13,10 +13,12 @@ from jax.typing import DTypeLike
 
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
 from qwen_jax.layers.linear import Linear, residual_std
 from qwen_jax.layers.norm import RMSNorm
 from qwen_jax.layers.rope import Rotary, rotate
 from qwen_jax.layers.sharded_attention import repeat_heads, sharded_attention
+from qwen_jax.layers.sparse import SparseBudget, sparse_attention
 from qwen_jax.sharding import constrain, current_mesh, target_platform
 
 # Long prompts attend in blocks of queries, which bounds the [B, H, T, S] scores that the plain computation holds.
@@ -39,6 +41,8 @@ class AttentionSpec(flax.struct.PyTreeNode):
     offset: jax.Array | int | None = None
     # Dual Chunk Attention: tokens per chunk. Queries then come as three, for keys 0, 1, and 2 or more chunks back.
     chunk_length: int | None = flax.struct.field(pytree_node=False, default=None)
+    # Several queries over a cache read only what this allows, see `sparse_attention`.
+    sparse: SparseBudget | None = None
 
     def mask(self) -> jax.Array:
         """bool [B, T, S]."""
@@ -75,6 +79,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> 
     dtype. On a mesh every device attends with its own rows, heads and part of the sequence.
     """
     mesh = current_mesh()
+    if mesh is not None and spec.sparse is not None:
+        raise InputError(
+            "sparse prefill does not run on a mesh; use one device, or set sparse_attention_enabled to false."
+        )
     return attend(q, k, v, spec)[0] if mesh is None else sharded_attention(attend, q, k, v, spec, mesh)
 
 
@@ -83,9 +91,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tup
 
     The one place where an implementation is chosen: a kernel where the platform has one for these shapes.
     """
+    num_queries, num_keys = q.shape[-3], k.shape[2]
+    if 1 < num_queries and spec.sparse is not None and spec.window is None:
+        return sparse_attention(q, k, v, spec)
     if kernel := _kernel(q, spec):
         return kernel(q, k, v)
-    num_queries, num_keys = q.shape[-3], k.shape[2]
     among_themselves = isinstance(spec.offset, int) and spec.offset == 0
     if 1 < num_queries and KEY_BLOCK < num_keys and not among_themselves:
         return _attend_by_key_blocks(q, k, v, spec)

@@ -16,7 +16,7 @@ class Rotary(flax.struct.PyTreeNode):
     """How the queries and the keys of one pass are turned, with every scale on either folded in.
 
     Queries have one pair of tables, or under Dual Chunk Attention three: for keys of the query's own chunk, of the one
-    before, and of earlier ones.
+    before, and of earlier ones. Two more are for choosing what sparse prefill reads.
     """
 
     query: tuple[Tables, ...]
@@ -24,13 +24,18 @@ class Rotary(flax.struct.PyTreeNode):
 
 
 def rotary_tables(
-    config: ModelConfig, positions: jax.Array, lengths: jax.Array | None = None, *, dual_chunk: bool = False
+    config: ModelConfig,
+    positions: jax.Array,
+    lengths: jax.Array | None = None,
+    *,
+    dual_chunk: bool = False,
+    sparse: bool = False,
 ) -> Rotary:
     """The tables of int positions [B, T] in whatever scheme `config` names.
 
     lengths [B] int32: the sequences' true lengths at prefill, which switch on what is done at inference only: Qwen1's
     dynamic NTK and LogN, and the length scaling of Dual Chunk Attention. dual_chunk: make its three query variants;
-    a sequence that fits in one chunk needs only the first, which is then plain attention.
+    a sequence that fits in one chunk needs only the first, which is then plain attention. sparse: make the two more.
     """
     frequencies, scale = inverse_frequencies(config, lengths)
     chunk = config.dual_chunk
@@ -48,6 +53,8 @@ def rotary_tables(
     if not (chunk and dual_chunk):
         return Rotary((tables(positions, logn, growth),), tables(positions, growth))
     *maps, key_positions = dual_chunk_positions(chunk, positions)
+    if sparse:  # at positions that go on where the clamp would stop them (as released code)
+        maps += [chunk.chunk_length + key_positions, chunk.chunk_size + key_positions]
     return Rotary(tuple(tables(at, logn, growth) for at in maps), tables(key_positions, growth))
 
 
