@@ -274,7 +274,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, "head_dim", name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, "head_dim", name="k_norm")(k)
-        queries = [rotate(q, tables) for tables in take_token(rotary.query, only)]
+        turns = rotary.query if only is None else rotary.query[:3]  # those that choose are of no use to a single query
+        queries = [rotate(q, tables) for tables in take_token(turns, only)]
         q = jnp.stack(queries) if spec.chunk_length else queries[0]
         k = rotate(k, rotary.key)
         k, v = (jnp.swapaxes(repeat_heads(new), 1, 2) for new in (k, v))  # [B, K, T, h]
