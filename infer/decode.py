@@ -102,10 +102,11 @@ def read_in_pieces(
 
     def read(i: jax.Array, state: tuple[Cache, Carry]) -> tuple[Cache, Carry]:
         cache, carry = state
-        start = i * piece
+        # without the barrier XLA:CPU hoists float32 copies of all bfloat16 weights out of the loop
+        weights, start = lax.optimization_barrier((params, i * piece))
         out = forward(
             config,
-            params,
+            weights,
             lax.dynamic_slice_in_dim(tokens, start, piece, axis=1),
             cache=cache.replace(lengths=jnp.full_like(cache.lengths, start)),
             only=None if only is None else jnp.clip(only - start, 0, piece - 1),
