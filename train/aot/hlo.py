@@ -272,7 +272,8 @@ def scheduled(module: Module, name: str | None = None, executions: int = 1) -> I
 def flops(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Floating-point operations of the matrix products in an instruction, those inside a fusion included.
 
-    Pallas kernels count with the estimate that they declare.
+    Pallas kernels count with the estimate that they declare, and our flash attention, which cannot say how much of a
+    row of packed texts its queries see, as that of one text.
     """
     if instruction.opcode == "dot":
         lhs = computation[instruction.operands[0]].arrays[0]
@@ -283,11 +284,29 @@ def flops(module: Module, computation: Computation, instruction: Instruction) ->
         return _convolution_flops(computation, instruction)
     if instruction.opcode == "custom-call":
         declared = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
-        return int(declared[1]) if declared else 0
+        return int(declared[1]) if declared else _attention_flops(instruction)
     if instruction.opcode in ("fusion", "async-start") and (called := instruction.called("calls")):
         inner = module.computations.get(called, Computation())
         return sum(flops(module, inner, i) for i in inner.values())
     return 0
+
+
+# matrix products per pair of a query and a key that it sees
+_ATTENTION_PRODUCTS = {"flash_forward": 2, "flash_backward": 5}
+
+
+def _attention_flops(instruction: Instruction) -> int:
+    """FLOPs of qwen_jax/kernels/flash.py, from the shapes of q [N, B, K, G, h, T] and k [B, K, S, h], causal."""
+    name = next((name for name in _ATTENTION_PRODUCTS if name in instruction.op_name.split("/")), None)
+    shapes = [[int(d) for d in dims.split(",") if d] for _, dims, _ in _ARRAY.findall(instruction.attributes)]
+    q = next((dims for dims in shapes if len(dims) == 6), None)
+    k = next((dims for dims in shapes if len(dims) == 4), None)
+    if name is None or q is None or k is None:
+        return 0
+    _, batch, num_kv_heads, groups, head_dim, queries = q
+    keys = k[2]
+    pairs = queries * keys - queries * (queries - 1) // 2 if keys >= queries else keys * (keys + 1) // 2
+    return 2 * _ATTENTION_PRODUCTS[name] * batch * num_kv_heads * groups * head_dim * pairs
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> int:
