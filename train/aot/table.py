@@ -106,7 +106,8 @@ def problems(report: Report) -> list[str]:
 
 
 def label(program: Program) -> str:
-    return Path(program.model).stem
+    """The model's name, also of one that is a file."""
+    return Path(program.model).stem if program.model.endswith(".json") else program.model
 
 
 def markdown(reports: dict[str, list[Report]]) -> str:

@@ -1,0 +1,232 @@
+"""`qwen-jax compile` without a compiler: names of slices, refusals of memory, options, the rows of the table."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from qwen_jax.config import load_config
+from qwen_jax.errors import InputError
+from train.aot import hlo
+from train.aot.chips import GIB, parse_topology
+from train.aot.command import Compile, program_of
+from train.aot.memory import blocks, parse_out_of_memory, second_copies
+from train.aot.programs import Program
+from train.aot.report import Report, advice, refusal, short_name
+from train.aot.table import DECODING, PEERS, TRAINING, label
+from train.aot.targets import parse_target
+
+# --- slices -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "chips", "cloud"),
+    [
+        ("v5e-16", "v5e:4x4", 16, "v5e-16"),
+        ("V5E:4x4", "v5e:4x4", 16, "v5e-16"),
+        ("v6e-8", "v6e:2x4", 8, "v6e-8"),
+        ("v5p-8", "v5p:2x2x2", 8, "v5p-16"),
+        ("v5p:4x4x8", "v5p:4x4x8", 128, "v5p-256"),
+        ("v5p:4x8x8", "v5p:4x8x8", 256, "v5p-512"),
+    ],
+)
+def test_names_of_slices(text: str, name: str, chips: int, cloud: str) -> None:
+    topology = parse_topology(text)
+    assert (topology.name, topology.num_chips, topology.accelerator_type) == (name, chips, cloud)
+
+
+@pytest.mark.parametrize("text", ["v5e", "v5e-5", "v9x-4", "v5e:2x2x2", "v5p:4x4", "v5p:0x4x4", ""])
+def test_slices_that_are_none(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_topology(text)
+
+
+def test_rings_of_a_slice() -> None:
+    """2-D sides close at 16; 3-D slices of whole cubes of 4 close everywhere."""
+    assert parse_topology("v5e:8x16").rings == (False, True)
+    assert parse_topology("v5p:4x4x8").rings == (True, True, True)
+    assert parse_topology("v5p:2x4x4").rings == (False, False, False)
+
+
+def test_gpus_of_one_machine() -> None:
+    topology = parse_target("h200-8")
+    assert (topology.name, topology.num_devices) == ("h200-8", 8)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+EARLY = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (16.41G) exceeds available HBM (15.75G). HLO module: jit_step."
+)
+LATE = """RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of memory in memory \
+space hbm. Used 173.16M of 168.00M hbm. Exceeded hbm capacity by 5.16M.
+
+Total hbm usage >= 431.16M:
+    reserved        258.01M
+
+  Largest program allocations in hbm:
+
+  1. Size: 32.00M
+     Operator: op_name="jit(step)/jvp()/while/body/mlp/dot_general"
+     Shape: bf16[1,2048,8192]{2,1,0:T(8,128)(2,1)}
+     Unpadded size: 32.00M
+     XLA label: copy-start.1 = copy-start(get-tuple-element.656)
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 8.00M
+     Shape: bf16[4,8192,128]{2,1,0:T(8,128)(2,1)}
+     XLA label: convert.56 = convert(copy-done.12)
+     Allocation type: HLO temp
+     ==========================
+"""
+
+
+def test_early_refusal() -> None:
+    refused = parse_out_of_memory(EARLY)
+    assert refused and refused.early and not refused.allocations
+    assert (refused.needed, refused.available) == (round(16.41 * GIB), round(15.75 * GIB))
+
+
+def test_late_refusal_names_allocations() -> None:
+    refused = parse_out_of_memory(LATE)
+    assert refused and not refused.early
+    assert [(a.num_bytes, a.shape) for a in refused.allocations] == [
+        (32 << 20, "bf16[1,2048,8192]"),
+        (8 << 20, "bf16[4,8192,128]"),
+    ]
+    assert refused.allocations[0].name.endswith("mlp/dot_general")
+
+
+def test_other_errors_are_no_refusal() -> None:
+    assert parse_out_of_memory("INVALID_ARGUMENT: something else") is None
+
+
+BUFFERS = """BufferAssignment:
+allocation 0: size 1048576, page 0, parameter 1, shape |bf16[8,1,512,128]| at ShapeIndex {}, maybe-live-out:
+ value: <1 state.1 @0> (size=1048576,offset=0): bf16[8,1,512,128]{3,2,1,0}
+ value: <2 scatter.1 @0> (size=1048576,offset=0): bf16[8,512,128]{2,1,0}
+allocation 1: size 9437184, page 0, preallocated-temp:
+ value: <3 fusion.1 @0> (size=1048576,offset=0): bf16[8,512,128]{2,1,0}
+ value: <4 fusion.2 @0> (size=4194304,offset=1048576): bf16[2048,1024]{1,0}
+ value: <5 fusion.3 @0> (size=2097152,offset=5242880): f32[512,999]{1,0}
+allocation 2: size 9437184, color 1, page 0, preallocated-temp:
+ value: <6 fusion.4 @0> (size=8388608,offset=0): bf16[4096,1024]{1,0}
+"""
+PROGRAM = """ENTRY %main (state.1: bf16[8,1,512,128], w: s8[2048,1024]) -> f32[] {
+  %state.1 = bf16[8,1,512,128]{3,2,1,0} parameter(1), metadata={op_name="state.cache.k[0]"}
+  %w = s8[2048,1024]{1,0} parameter(0), metadata={op_name="params['layers'][0]['mlp']['up']['kernel']"}
+  ROOT %fusion.2 = bf16[2048,1024]{1,0} fusion(%w), metadata={op_name="jit(decode)/while/body/mlp/up/convert"}
+}
+"""
+
+
+def test_what_is_in_memory_twice() -> None:
+    """A temporary as large as the cache, and an int8 matrix converted; not the cache itself, nor what lies in VMEM."""
+    module = hlo.parse(PROGRAM)
+    found = blocks(BUFFERS, module)
+    assert found[0].allocation.name == "jit(decode)/while/body/mlp/up/convert"
+    assert [copy.shape for copy in second_copies(found, module)] == ["bf16[2048,1024]", "bf16[8,512,128]"]
+
+
+def report_of(program: Program, message: str) -> Report:
+    return Report(program, parse_target(program.target), None, None, parse_out_of_memory(message), (), 0.0, 0.0, {})
+
+
+def test_refusal_is_one_sentence() -> None:
+    program = Program("qwen2.5-7b", "v5e-4", "train", 4, 4096, (("fsdp", 4),))
+    text = refusal(report_of(program, LATE))
+    assert text.startswith(
+        "0.01 GiB of HBM are missing on each chip (0.17 GiB of 0.16 GiB); the largest allocations are "
+    )
+    assert "0.03 GiB bf16[1,2048,8192] of mlp/dot_general" in text
+    assert "--moments bfloat16" in text
+    assert text.count(". ") == 0 and text.endswith(".")
+    assert refusal(report_of(program, EARLY)).startswith("about 0.66 GiB")
+
+
+def test_advice_follows_the_program() -> None:
+    rows = Program("qwen2.5-7b", "v5e-4", "train", 16, 4096, (("fsdp", 4),), remat="dots")
+    assert advice(rows)[:2] == ["--remat full", "--accumulate 2"]
+    served = Program("qwen2.5-7b", "v5e-1", "decode", 8, 4096)
+    assert "--weights int8" in advice(served)
+    assert "--weights int8" not in advice(Program("qwen2.5-7b", "v5e-1", "decode", 8, 4096, weights="int8"))
+
+
+def test_short_names() -> None:
+    assert short_name("jit(step)/transpose(jvp())/while/body/closed_call/Block/mlp/gate/dot_general") == (
+        "mlp/gate/dot_general"
+    )
+    assert short_name("params['embed']['embedding']") == "params/embed/embedding"
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_program_of_the_options() -> None:
+    program = program_of(Compile(model="qwen2.5-72b", topology="v5p:4x4x8", mesh="fsdp=-1,tensor=4"))
+    assert (program.mesh, program.batch) == ((("fsdp", 32), ("tensor", 4)), 32)
+    assert Program.from_json(program.to_json()) == program
+
+
+def test_default_mesh_of_inference_is_as_much_tensor_as_divides() -> None:
+    program = program_of(Compile(model="qwen2.5-7b", topology="v5e-8", step="decode"))
+    assert program.mesh == (("data", 2), ("tensor", 4))  # 28 heads
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (Compile(topology="v5e-4"), "which model"),
+        (Compile(model="qwen2.5-7b"), "--topology"),
+        (Compile(model="qwen2.5-7b", topology="v5e-4", gpu="h200"), "either"),
+        (Compile(model="qwen2.5-7b", topology="v5e-4", mesh="rows=4"), "rows=4"),
+        (Compile(model="qwen2.5-7b", topology="v5e-4", mesh="fsdp=8"), "8 devices"),
+        (Compile(model="nonsense", topology="v5e-4"), "nonsense"),
+    ],
+)
+def test_impossible_options(options: Compile, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        program_of(options)
+
+
+def test_help_is_fast() -> None:
+    """It must not import jax."""
+    code = "import sys; from qwen_jax.cli import run\ntry: run(['compile', '--help'])\n"
+    code += "finally: print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stdout[-200:] + done.stderr[-2000:]
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "program", [*TRAINING, *DECODING, *PEERS], ids=lambda p: f"{label(p)}-{p.target}-{p.batch}-{p.sequence}"
+)
+def test_rows_lie_on_their_slices(program: Program) -> None:
+    """Mesh sizes multiply to the devices, and divide the batch and the model."""
+    from qwen_jax.sharding import AXES, check_divides
+
+    sizes = dict.fromkeys(AXES, 1) | dict(program.mesh)
+    assert math.prod(sizes.values()) == parse_topology(program.target).num_devices
+    check_divides(program.config, sizes)
+    if program.step == "train":
+        assert program.batch % (sizes["data"] * sizes["fsdp"] * sizes["expert"] * program.accumulate) == 0
+
+
+def test_models_beside_maxtext_have_llamas_size() -> None:
+    """8.03 and 68.98 billion parameters (arXiv 2407.21783, 2307.09288), and the biases that Qwen's form adds."""
+    for program, parameters in ((PEERS[0], 8_030_261_248), (PEERS[2], 68_976_648_192)):
+        config = load_config(program.model)
+        biases = config.num_layers * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        assert config.num_params() - biases == parameters
+
+
+def test_json_of_a_refusal() -> None:
+    program = Program("qwen2.5-7b", "v5e-4", "train", 4, 4096, (("fsdp", 4),))
+    plain = json.loads(json.dumps(report_of(program, EARLY).as_json()))
+    assert not plain["fits"] and plain["problems"] and plain["out_of_memory"]["early"]
