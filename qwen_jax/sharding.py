@@ -134,7 +134,7 @@ def make_mesh(
     if model is not None:
         check_divides(model, dict(zip(AXES, sizes, strict=True)))
     try:
-        grid = mesh_utils.create_device_mesh(sizes, devices)
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     except (NotImplementedError, ValueError) as error:
         said = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1)
         raise InputError(
