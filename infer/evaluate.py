@@ -1,4 +1,4 @@
-"""`qwen-jax eval`: how far a model reads, by perplexity at several lengths and by a needle in a haystack."""
+"""`qwen-jax eval`: how far a model reads, by perplexity and by needles, and what sparse prefill leaves out."""
 
 from __future__ import annotations
 
@@ -182,10 +182,89 @@ class Needle(LengthArguments):
         _save(figure, path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sparse(ModelArguments):
+    """Searches how many columns and diagonals each head must read so that sparse prefill keeps its attention.
+
+    The result is the sparse_attention_config.json of a Qwen2.5-1M folder.
+    """
+
+    text: tuple[Path, ...] = ()
+    """Text files, UTF-8, also .gz, to calibrate on."""
+    tokens: int = 4096
+    """Length of the calibration prompt; the budgets hold for lengths like it."""
+    rope: Annotated[str, tyro.conf.arg(help=f"A scheme in place of the checkpoint's: {GRAMMAR}.")] = "own"
+    recall: float = 0.9
+    """Share of its attention that every head shall keep, on average over the last queries."""
+    columns: int = 30
+    """Columns that every head begins with."""
+    diagonals: int = 128
+    """Diagonals that every head begins with."""
+    step: int = 256
+    """What a head below the recall gets more of both, each round."""
+    rounds: int = 8
+    """At most so many rounds."""
+    output: Path | None = None
+    """Write the budgets found to this JSON file."""
+    json: bool = False
+    """Print a JSON list of the rounds instead of a table."""
+
+    def run(self) -> int:
+        import numpy as np
+
+        from infer.evaluate_sparse import as_config, search
+        from qwen_jax.config import sparse_to_hf
+
+        if not self.text:
+            raise InputError("sparse needs a text to calibrate on; give one or more files with --text.")
+        if (
+            not 0 < self.recall < 1
+            or min(self.columns, self.diagonals, self.step, self.rounds) < 1
+            or self.tokens < 128
+        ):
+            raise InputError(
+                "--recall must be between 0 and 1, --columns, --diagonals, --step and --rounds at least 1, "
+                "and --tokens at least 128."
+            )
+        text = _read(self.text)
+        qwen = self.load()
+        ids = np.asarray(qwen.tokenizer.encode(text, allow_special=False)[: self.tokens])
+        if len(ids) < self.tokens:
+            raise InputError(f"the text gives {len(ids)} tokens, fewer than --tokens {self.tokens}; give more text.")
+        config = dataclasses.replace(with_scheme(qwen.config, self.rope), max_position_embeddings=self.tokens)
+        wanted = {name: getattr(self, name) for name in ("recall", "columns", "diagonals", "step", "rounds")}
+        with _progress("layers", self.rounds * config.num_layers, unit="layers") as advance:
+            found = search(config, qwen.params, ids, **wanted, advance=advance)
+        rows = [
+            {
+                "round": i,
+                "heads below": int((one.recall < self.recall).sum()),
+                "mean recall": round(float(one.recall.mean()), 4),
+                "lowest recall": round(float(one.recall.min()), 4),
+                "mean columns": round(float(np.minimum(one.vertical, len(ids)).mean())),
+                "mean diagonals": round(float(np.minimum(one.slash, len(ids)).mean())),
+            }
+            for i, one in enumerate(found)
+        ]
+        if self.json:
+            print(json.dumps(rows, indent=2))
+        else:
+            title = f"Sparse prefill of {self.tokens} tokens, {config.num_layers * config.num_heads} heads"
+            headings = list(rows[0])[1:]
+            cells = {(str(row["round"]), heading): str(row[heading]) for row in rows for heading in headings}
+            _print_table(title, "round", [str(row["round"]) for row in rows], headings, cells)
+        if self.output:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self.output.write_text(json.dumps(sparse_to_hf(as_config(found[-1], len(ids)))), encoding="utf-8")
+        return 0 if rows[-1]["heads below"] == 0 else 1
+
+
 def main(argv: Sequence[str]) -> int:
     """The subcommand `eval`. Raises InputError when the text, the lengths or a scheme cannot be used."""
     kinds = (
-        Annotated[Needle, tyro.conf.subcommand("needle")] | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
+        Annotated[Needle, tyro.conf.subcommand("needle")]
+        | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
+        | Annotated[Sparse, tyro.conf.subcommand("sparse")]
     )
     options: Any = tyro.cli(
         tyro.conf.OmitArgPrefixes[kinds], args=list(argv), prog="qwen-jax eval", description=__doc__
@@ -219,8 +298,8 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with tokens per second and time left; yields the function that advances it by tokens."""
+def _progress(description: str, total: int, unit: str = "tok") -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with rate and time left; yields the function that advances it by a count of `unit`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -229,26 +308,26 @@ def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(description, total=total, rate="")
 
-        def advance(tokens: int) -> None:
-            progress.advance(task, tokens)
+        def advance(count: int) -> None:
+            progress.advance(task, count)
             elapsed = progress.tasks[0].elapsed
-            progress.update(task, rate=f"{progress.tasks[0].completed / elapsed:.0f} tok/s" if elapsed else "")
+            progress.update(task, rate=f"{progress.tasks[0].completed / elapsed:.3g} {unit}/s" if elapsed else "")
 
         yield advance
 
 
 def _print_table(
-    title: str, corner: str, names: Any, lengths: Sequence[int], cells: dict[tuple[str, int], str]
+    title: str, corner: str, names: Any, headings: Sequence[Any], cells: dict[tuple[str, Any], str]
 ) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(corner, no_wrap=True)
-    for length in lengths:
-        table.add_column(str(length), justify="right", no_wrap=True)
+    for heading in headings:
+        table.add_column(str(heading), justify="right", no_wrap=True)
     for name in names:
-        table.add_row(name, *(cells[name, length] for length in lengths))
+        table.add_row(name, *(cells[name, heading] for heading in headings))
     console = Console()
     if not console.is_terminal:  # a pipe gets whole rows, not rows cut at 80 columns
         console = Console(width=160)

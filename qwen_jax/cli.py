@@ -18,7 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("qwen_jax.weights.convert:main", "convert a checkpoint between formats"),
     "data": ("train.data.command:main", "look at training data: tokens, packing, samples"),
     "compile": ("train.aot.command:main", "compile for TPUs or GPUs that are not here: memory, collectives, time"),
-    "eval": ("infer.evaluate:main", "measure how far a model reads: perplexity by length, needle in a haystack"),
+    "eval": ("infer.evaluate:main", "measure how far a model reads: perplexity by length, needles, sparse prefill"),
     "crosscheck": ("infer.crosscheck:main", "prove a model equal to PyTorch, layer by layer"),
 }
 

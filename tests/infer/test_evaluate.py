@@ -1,6 +1,7 @@
 """Perplexity against sums over whole-sequence logits, needles by what their prompts hold, and the command."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -11,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer import evaluate_needle, evaluate_perplexity
+from infer import evaluate_needle, evaluate_perplexity, evaluate_sparse
 from infer.evaluate import main
 from infer.evaluate_needle import Haystack
 from infer.evaluate_schemes import trained_length, with_scheme
 from infer.qwen import Answer, Qwen
-from qwen_jax.config import DualChunk, DynamicNtkScaling, LinearScaling, NtkScaling, YarnScaling
+from qwen_jax.config import DualChunk, DynamicNtkScaling, LinearScaling, ModelConfig, NtkScaling, YarnScaling
 from qwen_jax.errors import InputError
 from qwen_jax.model import forward, init, unembed
 from tests.infer import tiny
@@ -218,3 +219,27 @@ def test_what_cannot_be_evaluated(folder, text, args, said):
     args = [str(text) if arg == "TEXT" else arg for arg in args]
     with pytest.raises(InputError, match=said):
         main([*args, "--model", str(folder)])
+
+
+# --- sparse prefill ---------------------------------------------------------------------------------------------------
+
+
+def test_sparse_search(qwen, folder, text, tmp_path, capsys):
+    """Budgets grow until every head keeps enough, and with budgets for everything the recall is 1."""
+    search = functools.partial(evaluate_sparse.search, qwen.config, qwen.params, IDS, columns=30, diagonals=50)
+    rounds = search(recall=0.97, step=60, rounds=4)
+    recalls = np.stack([one.recall for one in rounds])
+    assert (recalls[0] < 0.97).any() and (recalls[-1] >= 0.97).all()
+    assert (np.diff(recalls, axis=0) >= -1e-4).all()  # more budget, more attention
+    for before, after in zip(rounds, rounds[1:], strict=False):
+        np.testing.assert_array_equal(after.vertical - before.vertical, 60 * (before.recall < 0.97))
+        np.testing.assert_array_equal(after.slash - before.slash, 60 * (before.recall < 0.97))
+    np.testing.assert_allclose(search(recall=0.9, step=1, rounds=1, columns=400)[0].recall, 1, atol=1e-5)
+
+    output = tmp_path / "new" / "sparse_attention_config.json"
+    common = ("sparse", "--model", folder, "--dtype", "float32", "--text", text, "--tokens", 400, "--step", 400)
+    rows = json.loads(run(capsys, *common, "--json", "--rope", "dca:160,40", "--recall", 0.999, "--output", output))
+    assert rows[-1]["heads below"] == 0 and rows[-1]["lowest recall"] >= 0.999
+    declared = {"chunk_size": 160, "local_size": 40, "sparse_attention_config": json.loads(output.read_text())}
+    config = ModelConfig.from_hf(tiny.CONFIG.to_hf() | {"dual_chunk_attention_config": declared})
+    assert config.sparse_prefill and len(config.sparse_prefill.vertical) == 2
