@@ -29,12 +29,12 @@ class Chip:
 MIB = 1 << 20
 BACKWARD = {64: Blocks(512, 1024, 512, 512), 128: Blocks(512, 1024, 512, 512)}
 # fewer keys to a product mean fewer spills but more loading of the matrix unit, of which v6e's is wider
-NARROW = {64: Blocks(512, 1024, 128, 256), 128: Blocks(512, 1024, 128, 256)}
-WIDE = {64: Blocks(512, 1024, 256, 256), 128: Blocks(512, 1024, 256, 256)}
+NARROW = {64: Blocks(512, 2048, 128, 512), 128: Blocks(512, 2048, 128, 512)}
+WIDE = {64: Blocks(512, 2048, 256, 512), 128: Blocks(512, 2048, 256, 512)}
 CHIPS = {
-    "v5e": Chip(NARROW, BACKWARD, 32 * MIB, 100 * MIB),
-    "v5p": Chip(NARROW, BACKWARD, 16 * MIB, 56 * MIB),
-    "v6e": Chip(WIDE, BACKWARD, 32 * MIB, 100 * MIB),
+    "v5e": Chip(NARROW, BACKWARD, 64 * MIB, 110 * MIB),
+    "v5p": Chip(NARROW, BACKWARD, 32 * MIB, 60 * MIB),
+    "v6e": Chip(WIDE, BACKWARD, 64 * MIB, 110 * MIB),
 }
 SMALL = {64: Blocks(256, 512, 128, 256), 128: Blocks(256, 512, 128, 256)}
 OTHER_CHIP = Chip(SMALL, SMALL, 2 * MIB, 16 * MIB)
@@ -98,8 +98,8 @@ def flash_attention_lse(
         window=window,
         chunk_length=chunk_length,
         offset=int(query_offset) if isinstance(query_offset, (int, np.integer)) else None,
-        forward=(forward_blocks or on.forward[width]).fit(num_queries, num_keys),
-        backward=(backward_blocks or on.backward[width]).fit(num_queries, num_keys),
+        forward=(forward_blocks or on.forward[width]).fit(num_queries, num_keys, num_heads // num_kv_heads),
+        backward=(backward_blocks or on.backward[width]).fit(num_queries, num_keys, num_heads // num_kv_heads),
         span=span or on.spans // (2 * 4 * -(-head_dim // LANES) * LANES),
         vmem_limit_bytes=on.limit,
         interpret=interpret,

@@ -23,25 +23,28 @@ LANES = 128
 # A row that sees no key keeps this maximum; a score that is masked lies so far below that exp2 of it is 0 even then.
 NOTHING, HIDDEN = -1e30, -1e38
 LOG2_E = math.log2(math.e)
+MOST_ROWS = 4096  # queries of all the heads of a tile, which lie in VMEM together
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Queries and keys of a tile, the keys of it that one matrix product takes, and those of a masked tile."""
+    """Queries and keys of a tile, the keys of it that one matrix product takes, and that one mask is made for."""
 
     query: int
     key: int
     step: int
     masked_step: int
 
-    def fit(self, num_queries: int, num_keys: int) -> "Blocks":
+    def fit(self, num_queries: int, num_keys: int, groups: int) -> "Blocks":
         """The smallest blocks of whole lanes that are no more in number, so that short lengths divide evenly."""
+        most = max(MOST_ROWS // groups // LANES, 1) * LANES
 
         def smallest(length: int, largest: int) -> int:
             return -(-length // (-(-length // largest) * LANES)) * LANES
 
-        query, key = smallest(num_queries, self.query), smallest(num_keys, self.key)
-        return Blocks(query, key, math.gcd(self.step, key), math.gcd(self.masked_step, key))
+        query, key = smallest(num_queries, min(self.query, most)), smallest(num_keys, self.key)
+        masked_step = math.gcd(self.masked_step, key)
+        return Blocks(query, key, math.gcd(self.step, masked_step), masked_step)
 
 
 @dataclass(frozen=True)
@@ -161,20 +164,24 @@ class Tile:
         """
         step, masked_step = self.blocks.step, self.blocks.masked_step
 
-        @pl.when(self.word & (LIVE | MASKED) == LIVE)
-        def _() -> None:
+        def sweep(start: Any, size: int, masked: bool) -> None:
             @pl.loop(0, groups)
             def _(g: Any) -> None:
-                current: Any = products(g, 0, step)
-                for start in range(0, self.blocks.key, step):
+                current: Any = products(g, start, step)
+                for at in range(0, size, step):
                     # asked for before it is needed: the matrix unit works on it during this step's softmax
-                    following = products(g, start + step, step) if start + step < self.blocks.key else None
-                    accumulate(g, *current, start, step)
+                    following = products(g, start + at + step, step) if at + step < size else None
+                    scores, other = current
+                    accumulate(g, scores + bias_ref[pl.ds(at, step)] if masked else scores, other, start + at, step)
                     current = following
+
+        @pl.when(self.word & (LIVE | MASKED) == LIVE)
+        def _() -> None:
+            sweep(0, self.blocks.key, masked=False)
 
         @pl.when(self.has(MASKED))
         def _() -> None:
-            # the steps between the first key that the window of the first query shows and the last query's own
+            # the parts between the first key that the window of the first query shows and the last query's own
             before = self.first_query - self.first_key
             last = jnp.minimum((before + self.blocks.query - 1) // masked_step, self.blocks.key // masked_step - 1)
             window = self.extent.window
@@ -183,12 +190,13 @@ class Tile:
             @pl.loop(first, last + 1)
             def _(i: Any) -> None:
                 start = pl.multiple_of(i * masked_step, masked_step)
-                bias_ref[...] = self.bias(start, segment_refs)
+                bias = self.bias(start, segment_refs)
+                bias_ref[...] = bias
 
-                @pl.loop(0, groups)
-                def _(g: Any) -> None:
-                    scores, other = products(g, start, masked_step)
-                    accumulate(g, scores + bias_ref[...], other, start, masked_step)
+                # the table knows nothing smaller than a tile of where one document ends and another begins
+                @pl.when(jnp.max(bias) == 0 if segment_refs else True)
+                def _() -> None:
+                    sweep(start, masked_step, masked=True)
 
     def bias(self, start: Any, segment_refs: Any) -> jax.Array:
         """0 where a query may see a key and HIDDEN where not: [masked_step, queries], from key `start` of the tile."""
@@ -336,8 +344,7 @@ def backward(
     k, v, delta = pad(k, blocks.key, 2), pad(v, blocks.key, 2), pad(delta, blocks.query)
     log2_sum = pad(log2_sum, blocks.query, value=-NOTHING)  # so that queries which are not there weigh nothing
     queries_spec, keys_spec = walk.queries(groups, head_dim, variants=True), walk.keys(head_dim)
-    all_keys_spec = walk.spec((None, None, k.shape[2], head_dim), lambda b, kv, i, v, j: (b, kv, 0, 0))
-    all_keys = pltpu.VMEM(k.shape[2:], jnp.float32)
+    in_hbm, all_keys = pl.BlockSpec(memory_space=pl.ANY), pltpu.VMEM(k.shape[2:], jnp.float32)
     added = [] if dq is None else [pad(dq, blocks.query, time_axis)]
     inputs = [q, k, v, d_out, log2_sum, delta, *walk.segments, *added]
     new_dq, dk, dv = pl.pallas_call(
@@ -355,11 +362,12 @@ def backward(
                 *walk.segment_specs(),
                 *[queries_spec for _ in added],
             ],
-            out_specs=[queries_spec, all_keys_spec, all_keys_spec],
+            out_specs=[queries_spec, in_hbm, in_hbm],
             scratch_shapes=[
                 pltpu.VMEM((groups, head_dim, blocks.query), jnp.float32),
                 all_keys,
                 all_keys,
+                pltpu.VMEM((blocks.key, head_dim), k.dtype),
                 pltpu.VMEM((blocks.masked_step, blocks.query), jnp.float32),
             ],
         ),
@@ -377,11 +385,11 @@ def backward(
 
 
 def _backward_kernel(static: Static, walk: Walk, adds: bool, table_ref: Any, offset_ref: Any, *refs: Any) -> None:
-    q_ref, k_ref, v_ref, d_out_ref, log2_sum_ref, delta_ref, *optional_refs = refs[:-7]
-    dq_ref, dk_ref, dv_ref, dq_acc_ref, dk_acc_ref, dv_acc_ref, bias_ref = refs[-7:]
+    q_ref, k_ref, v_ref, d_out_ref, log2_sum_ref, delta_ref, *optional_refs = refs[:-8]
+    dq_ref, dk_ref, dv_ref, dq_acc_ref, dk_acc_ref, dv_acc_ref, written_ref, bias_ref = refs[-8:]
     segment_refs = optional_refs[:2] if walk.segmented else []
     tile, groups, precision = walk.tile(table_ref, offset_ref), q_ref.shape[0], _precision(q_ref.dtype)
-    width = static.width_axis
+    b, kv, width = pl.program_id(0), pl.program_id(1), static.width_axis
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
@@ -420,8 +428,15 @@ def _backward_kernel(static: Static, walk: Walk, adds: bool, table_ref: Any, off
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _() -> None:
-        dk_ref[...] = (dk_acc_ref[...] * static.scale).astype(dk_ref.dtype)
-        dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
+        # by hand: blocks of the pipeline would hold them twice more in VMEM
+        size = walk.blocks.key
+
+        @pl.loop(0, dk_acc_ref.shape[0] // size)
+        def _(i: Any) -> None:
+            keys = pl.ds(pl.multiple_of(i * size, size), size)
+            for acc_ref, scale, out_ref in ((dk_acc_ref, static.scale, dk_ref), (dv_acc_ref, 1.0, dv_ref)):
+                written_ref[...] = (acc_ref[keys] * scale).astype(written_ref.dtype)
+                pltpu.sync_copy(written_ref, out_ref.at[b, kv, keys])
 
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, precision: Any) -> jax.Array:
