@@ -18,10 +18,12 @@ from qwen_jax.kernels.flash_tiles import VARIANTS
 
 
 class Chip:
-    """Blocks by head width, and the VMEM, in bytes, of a core."""
+    """Blocks by head width, the VMEM, in bytes, of a core, and the cores that share a kernel's grid."""
 
-    def __init__(self, forward: dict[int, Blocks], backward: dict[int, Blocks], spans: int, limit: int) -> None:
-        self.forward, self.backward = forward, backward
+    def __init__(
+        self, forward: dict[int, Blocks], backward: dict[int, Blocks], spans: int, limit: int, cores: int = 1
+    ) -> None:
+        self.forward, self.backward, self.cores = forward, backward, cores
         self.spans = spans  # for the gradients of keys and values, which stay in VMEM while the queries pass by
         self.limit = limit  # of what a kernel may use in all
 
@@ -33,7 +35,7 @@ NARROW = {64: Blocks(512, 2048, 128, 512), 128: Blocks(512, 2048, 128, 512)}
 WIDE = {64: Blocks(512, 2048, 256, 512), 128: Blocks(512, 2048, 256, 512)}
 CHIPS = {
     "v5e": Chip(NARROW, BACKWARD, 64 * MIB, 110 * MIB),
-    "v5p": Chip(NARROW, BACKWARD, 32 * MIB, 60 * MIB),
+    "v5p": Chip(NARROW, BACKWARD, 32 * MIB, 60 * MIB, cores=2),
     "v6e": Chip(WIDE, BACKWARD, 64 * MIB, 110 * MIB),
 }
 SMALL = {64: Blocks(256, 512, 128, 256), 128: Blocks(256, 512, 128, 256)}
@@ -101,6 +103,7 @@ def flash_attention_lse(
         forward=(forward_blocks or on.forward[width]).fit(num_queries, num_keys, num_heads // num_kv_heads),
         backward=(backward_blocks or on.backward[width]).fit(num_queries, num_keys, num_heads // num_kv_heads),
         span=span or on.spans // (2 * 4 * -(-head_dim // LANES) * LANES),
+        parts=on.cores if batch * num_kv_heads % on.cores else 1,
         vmem_limit_bytes=on.limit,
         interpret=interpret,
     )

@@ -59,12 +59,14 @@ class Static:
     forward: Blocks
     backward: Blocks
     span: int
+    parts: int  # of the queries, for cores that would else have nothing to do
     vmem_limit_bytes: int
     interpret: Any
 
     def params(self) -> pltpu.CompilerParams:
         return pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=self.vmem_limit_bytes
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=self.vmem_limit_bytes,
         )
 
 
@@ -89,22 +91,22 @@ class Walk:
         )
         segments = pad(query_segments, blocks.query), pad(key_segments, blocks.key)
         table, self.steps = tiles(
-            self.extent, offset if static.offset is None else static.offset, *segments, per_variant
+            self.extent, offset if static.offset is None else static.offset, *segments, per_variant, static.parts
         )
         self.table_shape = table.shape
         self.scalars = table.reshape(-1), offset
         self.segments = [x[:, None] for x in segments if x is not None]  # [B, 1, length]
 
-    def word(self, table_ref: Any, b: Any, step: Any) -> Any:
+    def word(self, table_ref: Any, b: Any, part: Any, step: Any) -> Any:
         """The tile of a grid step; the rows of a batch share a table of one row."""
-        rows, width = self.table_shape
-        return table_ref[step if rows == 1 else b * width + step]
+        rows, parts, width = self.table_shape
+        return table_ref[((0 if rows == 1 else b) * parts + part) * width + step]
 
     def spec(self, block: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
         """index(batch row, key/value head, query block, variant, key block) -> the block of an array at a grid step."""
 
-        def index_map(b: Any, kv: Any, step: Any, table_ref: Any, _: Any) -> Any:
-            word = self.word(table_ref, b, step)
+        def index_map(b: Any, kv: Any, part: Any, step: Any, table_ref: Any, _: Any) -> Any:
+            word = self.word(table_ref, b, part, step)
             return index(b, kv, word >> QUERY, _field(word, VARIANT, KEY), _field(word, KEY, QUERY))
 
         return pl.BlockSpec(block, index_map)
@@ -136,7 +138,7 @@ class Walk:
 
     def tile(self, table_ref: Any, offset_ref: Any) -> "Tile":
         b = pl.program_id(0)
-        word = self.word(table_ref, b, pl.program_id(2))
+        word = self.word(table_ref, b, pl.program_id(2), pl.program_id(3))
         offset = offset_ref[0 if offset_ref.shape[0] == 1 else b]
         return Tile(self.blocks, self.extent, word, offset + (word >> QUERY) * self.blocks.query)
 
@@ -252,7 +254,7 @@ def forward(
         functools.partial(_forward_kernel, static, walk),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(walk.scalars),
-            grid=(batch, num_kv_heads, walk.steps),
+            grid=(batch, num_kv_heads, static.parts, walk.steps),
             in_specs=[
                 walk.queries(groups, head_dim, variants=True),
                 walk.keys(head_dim),
@@ -345,13 +347,14 @@ def backward(
     log2_sum = pad(log2_sum, blocks.query, value=-NOTHING)  # so that queries which are not there weigh nothing
     queries_spec, keys_spec = walk.queries(groups, head_dim, variants=True), walk.keys(head_dim)
     in_hbm, all_keys = pl.BlockSpec(memory_space=pl.ANY), pltpu.VMEM(k.shape[2:], jnp.float32)
+    parts_dtype = k.dtype if static.parts == 1 else jnp.float32
     added = [] if dq is None else [pad(dq, blocks.query, time_axis)]
     inputs = [q, k, v, d_out, log2_sum, delta, *walk.segments, *added]
     new_dq, dk, dv = pl.pallas_call(
         functools.partial(_backward_kernel, static, walk, bool(added)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(walk.scalars),
-            grid=(batch, num_kv_heads, walk.steps),
+            grid=(batch, num_kv_heads, static.parts, walk.steps),
             in_specs=[
                 queries_spec,
                 keys_spec,
@@ -367,21 +370,21 @@ def backward(
                 pltpu.VMEM((groups, head_dim, blocks.query), jnp.float32),
                 all_keys,
                 all_keys,
-                pltpu.VMEM((blocks.key, head_dim), k.dtype),
+                pltpu.VMEM((blocks.key, head_dim), parts_dtype),
                 pltpu.VMEM((blocks.masked_step, blocks.query), jnp.float32),
             ],
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, jnp.float32 if added else q.dtype),
-            jax.ShapeDtypeStruct(k.shape, k.dtype),
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            *[jax.ShapeDtypeStruct((static.parts, *k.shape), parts_dtype)] * 2,
         ],
         input_output_aliases={len(walk.scalars) + len(inputs) - 1: 0} if added else {},
         compiler_params=static.params(),
         interpret=static.interpret,
         name="flash_backward",
     )(*walk.scalars, *inputs)
-    return lax.slice_in_dim(new_dq, 0, num_queries, axis=time_axis), dk[:, :, :num_keys], dv[:, :, :num_keys]
+    dk, dv = (jnp.sum(x, axis=0).astype(k.dtype)[:, :, :num_keys] for x in (dk, dv))
+    return lax.slice_in_dim(new_dq, 0, num_queries, axis=time_axis), dk, dv
 
 
 def _backward_kernel(static: Static, walk: Walk, adds: bool, table_ref: Any, offset_ref: Any, *refs: Any) -> None:
@@ -389,9 +392,9 @@ def _backward_kernel(static: Static, walk: Walk, adds: bool, table_ref: Any, off
     dq_ref, dk_ref, dv_ref, dq_acc_ref, dk_acc_ref, dv_acc_ref, written_ref, bias_ref = refs[-8:]
     segment_refs = optional_refs[:2] if walk.segmented else []
     tile, groups, precision = walk.tile(table_ref, offset_ref), q_ref.shape[0], _precision(q_ref.dtype)
-    b, kv, width = pl.program_id(0), pl.program_id(1), static.width_axis
+    width, place = static.width_axis, (pl.program_id(2), pl.program_id(0), pl.program_id(1))
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(pl.program_id(3) == 0)
     def _() -> None:
         dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
         dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
@@ -426,7 +429,7 @@ def _backward_kernel(static: Static, walk: Walk, adds: bool, table_ref: Any, off
                 dq += optional_refs[-1][g]
             dq_ref[g] = dq.astype(dq_ref.dtype)
 
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
     def _() -> None:
         # by hand: blocks of the pipeline would hold them twice more in VMEM
         size = walk.blocks.key
@@ -436,7 +439,7 @@ def _backward_kernel(static: Static, walk: Walk, adds: bool, table_ref: Any, off
             keys = pl.ds(pl.multiple_of(i * size, size), size)
             for acc_ref, scale, out_ref in ((dk_acc_ref, static.scale, dk_ref), (dv_acc_ref, 1.0, dv_ref)):
                 written_ref[...] = (acc_ref[keys] * scale).astype(written_ref.dtype)
-                pltpu.sync_copy(written_ref, out_ref.at[b, kv, keys])
+                pltpu.sync_copy(written_ref, out_ref.at[*place, keys])
 
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, precision: Any) -> jax.Array:

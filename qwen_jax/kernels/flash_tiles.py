@@ -100,11 +100,13 @@ def tiles(
     query_segments: jax.Array | None,
     key_segments: jax.Array | None,
     per_variant: bool,
+    parts: int = 1,
 ) -> tuple[jax.Array, int | jax.Array]:
-    """(int32 [1 or B, n] tiles, how many of the n are to be walked), query blocks outermost, then variants, then keys.
+    """(int32 [1 or B, parts, n] tiles, how many of the n to walk), query blocks outermost, then variants, then keys.
 
     offset: an int, or int32 [1 or B]. A run of tiles of one query block (with `per_variant`, of one variant of it)
-    begins with FIRST and ends with LAST; a run with nothing to see has one tile, without LIVE.
+    begins with FIRST and ends with LAST; a run with nothing to see has one tile, without LIVE. The query blocks are
+    dealt out to the parts, as many cheap as dear ones to each.
     """
     if max(extent.num_query_blocks, extent.num_key_blocks) > MAX_BLOCKS:
         raise InputError(
@@ -141,18 +143,20 @@ def tiles(
     last = walked & (count[:, 1:] == count[:, ends])
     words = query_block << QUERY | key_block << KEY | variant << VARIANT
     words = words | some * LIVE | (some & ~every) * MASKED | first * FIRST | last * LAST
-    words = xp.asarray(words, dtype=np.int32)
+
+    round_trip = query_block[0] % (2 * parts)
+    owner = np.minimum(round_trip, 2 * parts - 1 - round_trip)
+    walked = walked[:, None] & (owner == np.arange(parts)[:, None])[None]  # [rows, parts, n]
+    words = xp.broadcast_to(xp.asarray(words, dtype=np.int32)[:, None], walked.shape)
+    walks = walked.sum(axis=-1, keepdims=True)
+    length = walks.max()
+    # the walked ones to the front; rows with fewer idle on their last one, which is not fetched again
+    table = xp.take_along_axis(words, xp.argsort(~walked, axis=-1, stable=True), axis=-1)
+    idle = xp.take_along_axis(table, xp.maximum(walks - 1, 0), axis=-1) & ~np.int32(LIVE | MASKED | FIRST | LAST)
+    table = xp.where(np.arange(run.size)[None, None] < walks, table, idle)
     if static:
-        table, length = words[:, walked[0]], int(walked.sum())
-    else:
-        rows = words.shape[0]
-        place = xp.where(walked, count[:, :-1], run.size)
-        table = jnp.zeros_like(words).at[np.arange(rows)[:, None], place].set(words, mode="drop")
-        walks = count[:, -1:]
-        # a batch row with fewer tiles than another idles on its last one, which is not fetched again
-        idle = jnp.take_along_axis(table, walks - 1, axis=1) & ~np.int32(LIVE | MASKED | FIRST | LAST)
-        table = jnp.where(np.arange(run.size)[None] < walks, table, idle)
-        length = jnp.max(walks)
+        length = int(length)
+        table = table[..., :length]
     if table.size > MAX_TILES:
         raise InputError(
             f"flash attention walks at most {MAX_TILES} tiles, and has {table.size} of {extent.query_block} queries x "
