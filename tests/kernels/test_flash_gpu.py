@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.flash_gpu import Blocks, Plan, flash_attention, flash_attention_lse
@@ -177,7 +178,9 @@ LARGE = [
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_lowers_for_cuda(case: Case) -> None:
-    lowered = make(case, None, False).trace(*arguments(case)).lower(lowering_platforms=("cuda",))
+    device = AbstractDevice("NVIDIA H200", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)):
+        lowered = make(case, None, False).trace(*arguments(case)).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     for name in ("flash_forward", "flash_d_query", "flash_d_key"):
         assert f'name = "{name}"' in text

@@ -36,7 +36,8 @@ from qwen_jax.kernels.flash_gpu import flash_attention
 
 target, folder = sys.argv[1:]
 topology = topologies.get_topology_desc("", platform="cuda", target_config=target, topology="1x1x1")
-sharding = NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
+mesh = Mesh(np.array(topology.devices[:1]), ("x",))
+sharding = NamedSharding(mesh, PartitionSpec())
 
 def array(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -59,8 +60,9 @@ for i, (heads, num_kv_heads, width, length, dtype, options) in enumerate((
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     dump = f"{folder}/{i}"
-    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k, segments)
-    memory = lowered.compile(compiler_options={"xla_dump_to": dump}).memory_analysis()
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k, segments)
+    memory = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_emitter_re": "ptx"}).memory_analysis()
     code = [open(path).read() for path in glob.glob(dump + "/*.ptx")]
     products = {
         name: sum(text.count("wgmma.mma_async") for text in code if f".entry {name}" in text and "sm_90a" in text)
