@@ -5,8 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # 2 workers: every worker compiles its own programs and may hold a model, so more cost memory before they save time
 PYTEST_ARGS ?= -n 2
+# the TPU compiler that the recorded figures are of
+LIBTPU ?= libtpu==0.0.51
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench tpu-check tpu-table clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -30,6 +32,12 @@ lint: $(VENV)/.dev  ## format, style, types and import rules
 bench: $(VENV)/.dev  ## measure beside peers, one table
 	$(BIN)/python -m bench.cpu
 
+tpu-check: $(VENV)/.dev $(VENV)/tpu  ## compile for TPUs that are not here, and compare memory and traffic with the record
+	PYTHONPATH=$(VENV)/tpu $(BIN)/python -m pytest -v -m slow tests/train/test_aot_tpu.py
+
+tpu-table: $(VENV)/.dev $(VENV)/tpu  ## print the table of docs/tpu.md; hours on few cores, kept once compiled
+	PYTHONPATH=$(VENV)/tpu $(BIN)/qwen-jax compile --table
+
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -50,3 +58,7 @@ $(VENV)/.base: setup.cfg | $(BIN)/python
 $(VENV)/.dev: setup.cfg | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,torch,train]"
 	@touch $@ $(VENV)/.base
+
+# beside the environment, not in it: where libtpu is installed, jax looks for a TPU at every start
+$(VENV)/tpu: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ $(LIBTPU)

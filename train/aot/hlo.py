@@ -296,15 +296,15 @@ _ATTENTION_PRODUCTS = {"flash_forward": 2, "flash_backward": 5}
 
 
 def _attention_flops(instruction: Instruction) -> int:
-    """FLOPs of qwen_jax/kernels/flash.py, from the shapes of q [N, B, K, G, h, T] and k [B, K, S, h], causal."""
+    """FLOPs of qwen_jax/kernels/flash.py, from the shapes of q [N, B, K, G, T and h] and k [B, K, S, h], causal."""
     name = next((name for name in _ATTENTION_PRODUCTS if name in instruction.op_name.split("/")), None)
     shapes = [[int(d) for d in dims.split(",") if d] for _, dims, _ in _ARRAY.findall(instruction.attributes)]
     q = next((dims for dims in shapes if len(dims) == 6), None)
     k = next((dims for dims in shapes if len(dims) == 4), None)
     if name is None or q is None or k is None:
         return 0
-    _, batch, num_kv_heads, groups, head_dim, queries = q
-    keys = k[2]
+    (_, batch, num_kv_heads, groups, *rest), (keys, head_dim) = q, k[2:]
+    queries = math.prod(rest) // head_dim
     pairs = queries * keys - queries * (queries - 1) // 2 if keys >= queries else keys * (keys + 1) // 2
     return 2 * _ATTENTION_PRODUCTS[name] * batch * num_kv_heads * groups * head_dim * pairs
 
@@ -424,7 +424,8 @@ def _read(module: Module, computation: Computation, parameter: Instruction) -> i
             inner = module.computations[user.called("calls") or ""]
             for i, operand in enumerate(user.operands):
                 if operand == parameter.name:
-                    total += _read(module, inner, inner.parameters[i])
+                    passed = _through_bitcasts(inner, inner.root) is inner.parameters[i]
+                    total += _read(module, computation, user) if passed else _read(module, inner, inner.parameters[i])
         else:
             return parameter.num_bytes
     return min(total, parameter.num_bytes)
