@@ -30,17 +30,17 @@ TRAINING = (
     train("qwen2.5-7b", "v5e-16", 16, 4096, fsdp=16),
     train("qwen2.5-7b", "v5e-16", 4, 32768, fsdp=4, tensor=4),
     train("qwen2.5-7b", "v6e-8", 16, 4096, fsdp=8),
-    train("qwen2.5-7b", "v6e-8", 8, 32768, fsdp=8),
-    train("qwen2.5-7b", "v5p-8", 16, 4096, fsdp=8),
+    train("qwen2.5-7b", "v6e-8", 4, 32768, fsdp=4, tensor=2),
+    train("qwen2.5-7b", "v5p-8", 16, 4096, fsdp=8, remat="minimal"),
     train("qwen2.5-7b", "v5p-8", 8, 32768, fsdp=8),
-    train("qwen2.5-32b", "v6e-64", 64, 4096, fsdp=64),
+    train("qwen2.5-32b", "v6e-64", 128, 4096, fsdp=16, tensor=4),
     train("qwen2.5-32b", "v6e-64", 16, 32768, fsdp=16, tensor=4),
-    train("qwen2.5-72b", "v5p-128", 128, 4096, fsdp=32, tensor=4),
+    train("qwen2.5-72b", "v5p-128", 128, 4096, fsdp=32, tensor=4, remat="dots"),
     train("qwen2.5-72b", "v5p-128", 32, 32768, fsdp=32, tensor=4),
     train("qwen2.5-72b", "v5e-256", 128, 4096, fsdp=64, tensor=4),
     train("qwen2.5-72b", "v5e-256", 32, 32768, fsdp=32, tensor=8),
     train("qwen2-57b-a14b", "v5p-64", 64, 4096, fsdp=8, expert=8),
-    train("qwen2-57b-a14b", "v5p-64", 64, 32768, fsdp=8, expert=8),
+    train("qwen2-57b-a14b", "v5p-64", 16, 32768, fsdp=2, expert=8, context=4),
 )
 
 DECODING = (
