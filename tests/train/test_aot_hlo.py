@@ -131,11 +131,11 @@ def test_flops_of_a_kernel_are_declared() -> None:
 """) == 1234  # fmt: skip  # noqa: E501
 
 
-@pytest.mark.parametrize(("kernel", "products"), [("flash_forward", 2), ("flash_backward", 5)])
-@pytest.mark.parametrize("q", ["bf16[1,2,4,7,128,512]", "bf16[1,2,4,7,512,128]"])
+@pytest.mark.parametrize(("kernel", "products"), [("flash_forward", 2), ("flash_backward", 5), ("flash_d_key", 4)])
+@pytest.mark.parametrize("q", ["bf16[1,2,4,7,128,512]", "bf16[1,2,4,7,512,128]", "bf16[1,2,512,28,128]"])
 def test_flops_of_flash_attention_are_causal(kernel: str, products: int, q: str) -> None:
-    """Its grid depends on how texts are packed, so it declares nothing; q has tokens last or the head's width last."""
-    shapes = f"operand_layout_constraints={{s32[40]{{0}}, {q}{{5,4,3,2,1,0}}, bf16[2,4,512,128]{{3,2,1,0}}}}"
+    """Its grid depends on how texts are packed, so it declares nothing; q lies in one of three orders."""
+    shapes = f"operand_layout_constraints={{s32[40]{{0}}, {q}{{4,3,2,1,0}}, bf16[2,4,512,128]{{3,2,1,0}}}}"
     metadata = f'metadata={{op_name="jit(step)/shard_map/{kernel}/pallas_call"}}'
     pairs = 512 * 513 // 2
     line = f'  ROOT %k = bf16[8]{{0}} custom-call(), custom_call_target="tpu_custom_call", {shapes}, {metadata}'

@@ -289,7 +289,7 @@ def census(module: hlo.Module, wires: Wires) -> Census:
         totals["hbm"] += executions * traffic
         totals["compute"] += executions * max(flops / chip.peak_flops, traffic / chip.hbm_bandwidth)
         totals["cycles"] += executions * instruction.estimated_cycles
-        if 'custom_call_target="tpu_custom_call"' in instruction.attributes:
+        if re.search(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"', instruction.attributes):
             kernel = re.sub(r"[.\d]+$", "", instruction.name)
             kernels[kernel] = kernels.get(kernel, 0) + executions
             unpriced += executions if not flops else 0

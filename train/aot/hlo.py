@@ -163,6 +163,8 @@ def _closing(text: str, start: int) -> int:
 
 def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | None:
     """How often the body of a `while` runs, from its counter's start, bound and step; None if it depends on data."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
     condition, body = (module.computations[loop.called(name) or ""] for name in ("condition", "body"))
     compare, operands = _compare(module, condition)
     if compare is None:
@@ -292,21 +294,25 @@ def flops(module: Module, computation: Computation, instruction: Instruction) ->
 
 
 # matrix products per pair of a query and a key that it sees
-_ATTENTION_PRODUCTS = {"flash_forward": 2, "flash_backward": 5}
+_ATTENTION_PRODUCTS = {"flash_forward": 2, "flash_backward": 5, "flash_d_query": 3, "flash_d_key": 4}
 
 
 def _attention_flops(instruction: Instruction) -> int:
-    """FLOPs of qwen_jax/kernels/flash.py, from the shapes of q [N, B, K, G, T and h] and k [B, K, S, h], causal."""
-    name = next((name for name in _ATTENTION_PRODUCTS if name in instruction.op_name.split("/")), None)
+    """FLOPs of our flash attention, causal, from the shapes of k [B, K, S, h] and of q, as many times as it has heads.
+
+    q is [N, B, K, G, T and h] in qwen_jax/kernels/flash.py, [N, B, T, H, h] in flash_gpu.py.
+    """
+    name = next((part for part in instruction.op_name.split("/") if part in _ATTENTION_PRODUCTS), None)
     shapes = [[int(d) for d in dims.split(",") if d] for _, dims, _ in _ARRAY.findall(instruction.attributes)]
-    q = next((dims for dims in shapes if len(dims) == 6), None)
+    q = next((dims for dims in shapes if len(dims) > 4), None)
     k = next((dims for dims in shapes if len(dims) == 4), None)
     if name is None or q is None or k is None:
         return 0
-    (_, batch, num_kv_heads, groups, *rest), (keys, head_dim) = q, k[2:]
-    queries = math.prod(rest) // head_dim
+    batch, _, keys, head_dim = k
+    heads = q[2] * q[3] if len(q) == 6 else q[3]
+    queries = math.prod(q[1:]) // (batch * heads * head_dim)
     pairs = queries * keys - queries * (queries - 1) // 2 if keys >= queries else keys * (keys + 1) // 2
-    return 2 * _ATTENTION_PRODUCTS[name] * batch * num_kv_heads * groups * head_dim * pairs
+    return 2 * _ATTENTION_PRODUCTS[name] * batch * heads * head_dim * pairs
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> int:
