@@ -271,3 +271,9 @@ def target_platform() -> str:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     platform = getattr(device, "platform", None) or jax.default_backend()
     return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def target_cores() -> int:
+    """Cores of each chip that the running trace is compiled for which share its memory: 2 on TPU v4 and v5p."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "num_cores", None) or getattr(jax.local_devices()[0], "num_cores", 1)

@@ -19,7 +19,7 @@ from qwen_jax.layers.norm import RMSNorm
 from qwen_jax.layers.rope import Rotary, rotate
 from qwen_jax.layers.sharded_attention import repeat_heads, sharded_attention
 from qwen_jax.layers.sparse import SparseBudget, sparse_attention
-from qwen_jax.sharding import constrain, current_mesh, target_platform
+from qwen_jax.sharding import constrain, current_mesh, target_cores, target_platform
 
 # Long prompts attend in blocks of queries, which bounds the [B, H, T, S] scores that the plain computation holds.
 QUERY_BLOCK = 512
@@ -127,7 +127,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tup
 def _kernel(q: jax.Array, spec: AttentionSpec) -> Callable[..., tuple[jax.Array, jax.Array]] | None:
     """The kernel for these queries on the platform of the running trace; None: attention in plain jnp."""
     platform = target_platform()
-    if platform == "cpu" or spec.offset is None or isinstance(spec.window, jax.Array) or q.shape[-1] not in (64, 128):
+    if platform == "cpu" or spec.offset is None or q.shape[-1] not in (64, 128):
         return None
     if spec.chunk_length and spec.query_segments is not None:
         return None  # the kernels' chunks begin with the row, those of packed documents with the document
@@ -138,16 +138,17 @@ def _kernel(q: jax.Array, spec: AttentionSpec) -> Callable[..., tuple[jax.Array,
         from qwen_jax.kernels.decode import decode_attention
 
         def decode(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-            out = decode_attention(q[..., 0, :, :], k, v, spec.query_positions[:, 0] + 1, **known)
+            lengths, cores = spec.query_positions[:, 0] + 1, target_cores()
+            out = decode_attention(q[..., 0, :, :], k, v, lengths, splits=cores, **known)
             return out[:, None], jnp.zeros((*out.shape[:2], 1))  # nothing is merged with it
 
         return decode
-    if platform == "tpu":
-        from qwen_jax.kernels.flash import flash_attention_lse
-    elif jnp.ndim(spec.offset) == 0:
+    if platform == "gpu":
         from qwen_jax.kernels.flash_gpu import flash_attention_lse
+    elif isinstance(spec.window, jax.Array):
+        return None  # layers in a scan whose windows differ
     else:
-        return None
+        from qwen_jax.kernels.flash import flash_attention_lse
     return functools.partial(
         flash_attention_lse,
         query_segments=segments[0],
