@@ -15,6 +15,7 @@ from train.aot.command import Compile, program_of
 from train.aot.memory import blocks, parse_out_of_memory, second_copies
 from train.aot.programs import Program
 from train.aot.report import Report, advice, refusal, short_name
+from train.aot.search import candidates, meshes, step_times
 from train.aot.table import DECODING, PEERS, TRAINING, label
 from train.aot.targets import parse_target
 
@@ -199,6 +200,32 @@ def test_help_is_fast() -> None:
     code += "finally: print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.endswith("False\n"), done.stdout[-200:] + done.stderr[-2000:]
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+def test_meshes_of_a_search_fit_slice_and_model() -> None:
+    program = Program("qwen2.5-7b", "v5e-16", "train", 16, 4096)
+    found = list(meshes(program.config, program, parse_topology("v5e-16")))
+    assert all(math.prod(sizes.values()) == 16 and sizes["expert"] == 1 for sizes in found)
+    assert {sizes["tensor"] for sizes in found} == {1, 2, 4}  # 28 heads
+    assert len(found) == len({tuple(sizes.values()) for sizes in found})
+
+
+def test_search_begins_with_the_fastest() -> None:
+    program = Program("qwen2.5-7b", "v5e-16", "train", 16, 4096)
+    rates = [c.tokens_per_second for c in candidates(program, parse_topology("v5e-16"))]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_step_times_of_fsdp_by_hand() -> None:
+    """Gathers forward, in recomputation and backward and one scatter of 2-byte weights, over 2 links of a 4x4."""
+    program = Program("qwen2.5-7b", "v5e-16", "train", 16, 4096, (("fsdp", 16),))
+    sizes = {"data": 1, "fsdp": 16, "tensor": 1, "context": 1, "expert": 1}
+    compute, links = step_times(program.config, program, sizes, parse_topology("v5e-16"))
+    assert links == pytest.approx(4 * 2 * 7_615_616_512 / (2 * 50e9), rel=1e-3)
+    assert compute == pytest.approx(4 / 3 * 183.9e12 / 197e12, rel=1e-3)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
