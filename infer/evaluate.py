@@ -173,7 +173,10 @@ class Needle(LengthArguments):
         image = None
         for axes, scheme in zip(figure.subplots(1, len(schemes), squeeze=False)[0], schemes, strict=True):
             grid = [[scores[scheme, depth, length] for length in self.lengths] for depth in self.depths]
-            image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", alpha=0.6, aspect="auto")
+            for y, row in enumerate(grid):
+                for x, score in enumerate(row):
+                    axes.text(x, y, f"{score:.0%}", ha="center", va="center")
             axes.set_xticks(range(len(self.lengths)), map(str, self.lengths))
             axes.set_yticks(range(len(self.depths)), [f"{depth:.0%}" for depth in self.depths])
             axes.set(xlabel="tokens", ylabel="depth of the needle", title=f"{self.model}, {scheme}")
