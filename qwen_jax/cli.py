@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("train.data.command:main", "look at training data: tokens, packing, samples"),
     "compile": ("train.aot.command:main", "compile for TPUs or GPUs that are not here: memory, collectives, time"),
     "eval": ("infer.evaluate:main", "measure how far a model reads: perplexity by length, needles, sparse prefill"),
+    "train": ("train.trainer:main", "train a model: an experiment of configs/, from random or given weights"),
     "crosscheck": ("infer.crosscheck:main", "prove a model equal to PyTorch, layer by layer"),
 }
 

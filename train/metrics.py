@@ -1,0 +1,145 @@
+"""What a run reports: a progress bar, metrics.jsonl and TensorBoard, a plot, and model FLOPs utilisation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qwen_jax.config import ModelConfig
+from train.aot.flops import model_flops
+
+# Dense bfloat16 FLOP/s of one JAX device, by the beginning of its kind: Google's and NVIDIA's published figures.
+# The first that fits counts; a "TPU v5" is a v5p.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s of a device, or None where none is published or, as for a CPU, none could be reached."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+
+
+def utilisation(model: ModelConfig, batch_size: int, length: int, seconds: float) -> float | None:
+    """Model FLOPs utilisation (MFU) of a step on all devices: 3 forward passes of FLOPs / (seconds x devices x peak).
+
+    A forward pass of a row of T tokens has 2 N T FLOPs for the N parameters a token is multiplied by, and
+    4 H h (1 + 2 + ... + T) in each layer's attention: causal, so half of T^2, and rows count as one document each.
+    Recomputation does not count. None where the peak is unknown.
+    """
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is None:
+        return None
+    return model_flops(model, "train", batch_size, length) / (seconds * jax.device_count() * peak)
+
+
+class Recorder:
+    """metrics.jsonl, one line per step and evaluation, and the same as TensorBoard events, in one folder.
+
+    A run that goes on from `step` loses the lines after it, which it writes again. A disk that is full is reported once.
+    """
+
+    def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.path, self._say = folder / "metrics.jsonl", say
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_lines(self.path) if line["step"] <= step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        try:
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+        except OSError as error:
+            self._say(f"metrics cannot be written to {self.path.parent} any more ({error.strerror}); training goes on.")
+            self.record = lambda step, values: None  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+            self._events.close()
+        except OSError:  # said when the first line could not be written
+            pass
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, but for one that a killed run left unfinished; empty if there is no such file."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+class Display:
+    """A bar where the output is a terminal, else a line now and then; and sentences in between."""
+
+    def __init__(self, total: int, every: int, *, show: bool) -> None:
+        self._console = Console(stderr=True, quiet=not show, highlight=False)
+        self._total, self._every = total, every
+        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()]
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._progress.add_task("", total=total)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def start(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+        self._progress.start()
+
+    def show(self, step: int, values: dict[str, float], eta_seconds: float) -> None:
+        text = f"loss {values['loss']:.4f} | {values['tokens_per_second']:,.0f} tok/s"
+        if "mfu" in values:
+            text += f" | MFU {values['mfu']:.1%}"
+        self._progress.update(self._task, completed=step, description=text)
+        if not self._console.is_terminal and (step % self._every == 0 or step == self._total):
+            hours, rest = divmod(round(eta_seconds), 3600)
+            self.say(f"step {step}/{self._total} | {text} | {hours}:{rest // 60:02}:{rest % 60:02} left")
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+def plot(path: Path) -> Path:
+    """Draws loss, gradient norm and throughput of a metrics.jsonl as curves.png beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_lines(path)
+    steps = [line for line in lines if "loss" in line]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    names = ("loss", "grad_norm", "tokens_per_second")
+    labels = ("loss (nats per token)", "gradient norm before clipping", "tokens per second")
+    for axis, name, label in zip(axes, names, labels, strict=True):
+        axis.plot([line["step"] for line in steps], [line[name] for line in steps], label="training", linewidth=1)
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+    if evaluations := [line for line in lines if "eval_loss" in line]:
+        axes[0].plot([e["step"] for e in evaluations], [e["eval_loss"] for e in evaluations], "o-", label="evaluation")
+        axes[0].legend()
+    axes[1].set_yscale("log")
+    axes[2].set_ylim(bottom=0)
+    curves = path.with_name("curves.png")
+    figure.savefig(curves, dpi=120)
+    plt.close(figure)
+    return curves
