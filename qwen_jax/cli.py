@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compile": ("train.aot.command:main", "compile for TPUs or GPUs that are not here: memory, collectives, time"),
     "eval": ("infer.evaluate:main", "measure how far a model reads: perplexity by length, needles, sparse prefill"),
     "train": ("train.trainer:main", "train a model: an experiment of configs/, from random or given weights"),
+    "upcycle": ("train.upcycle:main", "make a mixture of experts out of a dense checkpoint"),
     "crosscheck": ("infer.crosscheck:main", "prove a model equal to PyTorch, layer by layer"),
 }
 

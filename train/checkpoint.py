@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ class Checkpoints:
         self.folder, self._say = folder.absolute(), say
         self._keep = keep
         self._failed = self._begun = False
-        # it logs whole stack traces of what is reported here in one sentence
+        # both print whole stack traces of what is reported here in one sentence
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._excepthook, sys.excepthook = sys.excepthook, _quiet_excepthook
         self._open()
 
     def _open(self) -> None:
@@ -77,6 +79,7 @@ class Checkpoints:
         """Waits for the last checkpoint. Raises InputError if it could not be written."""
         self.finish()
         self._manager.close()
+        sys.excepthook = self._excepthook
         if self._failed:
             raise InputError(
                 f"the last checkpoint could not be written; {self._latest()} Free some space, then run the same "
@@ -150,6 +153,12 @@ class Checkpoints:
             multihost_utils.sync_global_devices("set aside")
         self._manager.close()
         self._open()
+
+
+def _quiet_excepthook(kind: Any, error: Any, trace: Any) -> None:
+    """Not a word of TensorStore's further writes, which find asyncio's loop closed after the first has failed."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _loss(metrics: Any) -> float:

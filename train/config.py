@@ -42,7 +42,7 @@ class TrainConfig:
     steps: int
     """Updates of the weights in all."""
     out: Path
-    """Folder of checkpoints, metrics and the final weights. A run that finds checkpoints there goes on from the last."""
+    """Folder of checkpoints, metrics and final weights. A run that finds checkpoints there goes on from the last."""
     model: str = "default"
     """Weights to start from: `default`, a folder, a .gguf file or a Hugging Face id. Its tokenizer is used too."""
     architecture: tyro.conf.Suppress[ModelConfig | None] = None

@@ -51,7 +51,7 @@ def utilisation(model: ModelConfig, batch_size: int, length: int, seconds: float
 class Recorder:
     """metrics.jsonl, one line per step and evaluation, and the same as TensorBoard events, in one folder.
 
-    A run that goes on from `step` loses the lines after it, which it writes again. A disk that is full is reported once.
+    A run that goes on from `step` loses the lines after it, which it writes again. A full disk is reported once.
     """
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:

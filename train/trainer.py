@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
             args=list(argv[1:]),
             prog=f"qwen-jax train {argv[0]}",
             description=description,
+            config=(tyro.conf.AvoidSubcommands,),
         )
     )
 
@@ -78,11 +79,9 @@ def train(config: TrainConfig) -> int:
     mesh = make_mesh(config.mesh, model=model)
     rows, length = config.data.batch_size, config.data.sequence_length
     _check_rows(mesh, rows, config.step.accumulate)
-    used = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    say(
-        f"{model.num_params() / 1e6:,.1f}M parameters on {jax.device_count()} x {jax.devices()[0].device_kind} ({used}); "
-        f"{rows} rows of {length} tokens a step"
-    )
+    split = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({split})"
+    say(f"{model.num_params():,} parameters on {devices}; {rows} rows of {length} tokens a step")
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -111,7 +110,7 @@ def train(config: TrainConfig) -> int:
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         say(f"compiled in {time.perf_counter() - began:.0f} s; {needed / 2**30:.2f} GiB a device")
 
-        # --- state: the last checkpoint, or the weights to start from --------------------------------------------------
+        # --- state: the last checkpoint, or the weights to start from -------------------------------------------------
         run = {"model": model.to_hf(), "moments": config.optimizer.moments, "frozen": list(config.optimizer.frozen)}
         checkpoints = Checkpoints(config.out / "checkpoints", config.keep, say)
         restored = checkpoints.restore(shapes, run)
@@ -143,7 +142,7 @@ def train(config: TrainConfig) -> int:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not values.pop("finite"):
                 file = config.out / f"not-finite-step-{done + 1}-process-{jax.process_index()}.npz"
-                np.savez(file, **local)
+                np.savez(file, allow_pickle=False, **local)
                 if done > saved:
                     checkpoints.save(state, place_before, run)
                 checkpoints.close()
@@ -258,7 +257,7 @@ class Feed:
         import jax
 
         def array(name: str) -> jax.Array:
-            def shard(index: tuple[slice, ...]) -> Any:
+            def shard(index: Any) -> Any:
                 start, stop, _ = index[0].indices(self._shape[0])
                 offset = self._offsets[start]
                 return local[name][offset : offset + stop - start, index[1]]
