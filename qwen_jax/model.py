@@ -35,7 +35,7 @@ from qwen_jax.sharding import check_divides, constrain, shardings
 Params = dict[str, Any]
 
 # What of each layer the backward pass finds again instead of recomputing it, from most memory to least: everything;
-# all matrix products and the attention; the projections; nothing but the layer's input; and that in host memory.
+# the projections and the attention's output; the projections; nothing but the layer's input; and that in host memory.
 Remat = Literal["none", "minimal", "dots", "full", "offload"]
 
 
@@ -46,11 +46,9 @@ def rematerialised(function: Any, remat: Remat) -> Any:
         case "none":
             return function
         case "minimal":
-            policy = policies.save_from_both_policies(
-                policies.dots_saveable, policies.save_only_these_names("attention")
-            )
+            policy = policies.save_only_these_names("projection", "attention")
         case "dots":
-            policy = policies.dots_with_no_batch_dims_saveable
+            policy = policies.save_only_these_names("projection")
         case "full":
             policy = policies.nothing_saveable
         case "offload":

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.errors import InputError
@@ -124,7 +125,7 @@ def _flash(static: Static, *args: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _flash_forward(static: Static, *args: Any) -> Any:
-    out, log2_sum = forward(static, *args)
+    out, log2_sum = (checkpoint_name(result, "attention") for result in forward(static, *args))
     return (out, log2_sum / LOG2_E), (*args, out, log2_sum)
 
 

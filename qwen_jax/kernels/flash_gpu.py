@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -172,7 +173,7 @@ def _flash(static: _Static, q: Any, k: Any, v: Any, scalars: Any, segments: Any)
 
 
 def _flash_forward(static: _Static, *args: Any) -> tuple[Any, Any]:
-    out, lse = _forward(static, *args)
+    out, lse = (checkpoint_name(result, "attention") for result in _forward(static, *args))
     return (out, lse), (*args, out, lse)
 
 

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from qwen_jax.cache import Cache
@@ -107,7 +108,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tup
             )
             for i in range(0, num_queries, size)
         ]
-        return jnp.concatenate([out for out, _ in parts], axis=1), jnp.concatenate([lse for _, lse in parts], axis=2)
+        out = checkpoint_name(jnp.concatenate([out for out, _ in parts], axis=1), "attention")
+        return out, jnp.concatenate([lse for _, lse in parts], axis=2)
     if num_queries <= QUERY_BLOCK or num_queries % QUERY_BLOCK:
         return plain_attention(q, k, v, spec)
 

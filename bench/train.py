@@ -1,0 +1,207 @@
+"""`python -m bench.train`: a training step of ours beside transformers + PyTorch on the same model, batch and dtype.
+
+Each side runs in a process of its own: random weights, forward, backward, clipping and AdamW, float32 weights and
+moments. On a CPU both compute in float32, with as many threads as cores, PyTorch with SDPA attention and its fused
+AdamW. On a GPU both compute in bfloat16 from float32 weights (PyTorch by autocast and torch.compile, which is how it is
+fastest there), on rows of 4096 tokens, and tokens per second and model FLOPs utilisation are printed too. Times are the
+best of the repetitions; peak memory is the process's, or the GPU's. Read the ratios.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from qwen_jax.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and a batch."""
+
+    model: str
+    rows: int
+    length: int
+
+
+ON_CPU = {"20M": Case("20M", 4, 256), "0.5B": Case("qwen2.5-0.5b", 1, 256)}
+ON_GPU = {"0.5B": Case("qwen2.5-0.5b", 8, 4096), "1.5B": Case("qwen2.5-1.5b", 4, 4096)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Time and peak memory of a training step beside transformers + PyTorch, as a table of ratios."""
+
+    repetitions: int = 5
+    """Steps that are timed; the fastest counts."""
+    cases: tuple[str, ...] = ()
+    """Some of the cases only, such as 20M."""
+    json: bool = False
+    """Print the measurements as JSON."""
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "measure":  # in a process of its own, started below
+        side, case, repetitions = argv[1], Case(**json.loads(argv[2])), int(argv[3])
+        print(json.dumps((_ours if side == "ours" else _transformers)(case, repetitions)))
+        return 0
+    options = tyro.cli(Arguments, args=list(argv), prog="python -m bench.train")
+    cases = ON_GPU if _has_gpu() else ON_CPU
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for name in options.cases or cases:
+        for side in ("ours", "transformers"):
+            case = json.dumps(dataclasses.asdict(cases[name]))
+            command = [sys.executable, "-m", "bench.train", "measure", side, case, str(options.repetitions)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results.setdefault(name, {})[side] = json.loads(done.stdout.splitlines()[-1])
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        _print(results, cases)
+    return 0
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _print(results: dict[str, dict[str, dict[str, float]]], cases: dict[str, Case]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    where = "GPU, bfloat16" if _has_gpu() else f"{os.cpu_count()} cores, float32"
+    table = Table(box=None, header_style="bold", title=f"a training step on {where}", title_justify="left")
+    for heading in ("model", "batch", "measurement", "ours", "transformers", "ratio"):
+        table.add_column(heading, justify="left" if heading in ("model", "batch", "measurement") else "right")
+    for name, sides in results.items():
+        batch = f"{cases[name].rows} x {cases[name].length}"
+        for measurement, ours in sides["ours"].items():
+            theirs = sides["transformers"][measurement]
+            table.add_row(name, batch, measurement, f"{ours:.4g}", f"{theirs:.4g}", f"{theirs / ours:.2f}")
+    Console().print(table)
+    print("ratio: theirs / ours, so above 1 ours takes less; of tokens per second and MFU, below 1 ours is faster")
+
+
+def architecture(name: str) -> ModelConfig:
+    """A released model's, or one of about 20M parameters in the proportions of Qwen2.5-0.5B with a small vocabulary."""
+    from qwen_jax.presets import load_preset
+
+    if name != "20M":
+        return load_preset(name)
+    return dataclasses.replace(
+        load_preset("qwen2.5-0.5b"),
+        vocab_size=8192,
+        hidden_size=448,
+        num_layers=8,
+        num_heads=7,
+        num_kv_heads=1,
+        intermediate_size=1216,
+    )
+
+
+def _report(case: Case, seconds: float, peak_bytes: float) -> dict[str, float]:
+    result = {"seconds": seconds, "peak memory, GiB": peak_bytes / 2**30}
+    if _has_gpu():
+        from train.metrics import utilisation
+
+        result["tok/s"] = case.rows * case.length / seconds
+        if (mfu := utilisation(architecture(case.model), case.rows, case.length, seconds)) is not None:
+            result["MFU"] = mfu
+    return result
+
+
+def _tokens(case: Case, vocab_size: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, vocab_size, (case.rows, case.length + 1))
+
+
+def _ours(case: Case, repetitions: int) -> dict[str, float]:
+    import jax
+    import numpy as np
+
+    from infer.arguments import peak_memory_gib
+    from qwen_jax.sharding import MeshConfig, make_mesh
+    from train.optimizer import OptimizerConfig
+    from train.step import StepConfig, abstract_batch, abstract_state, init_state, jit_train_step, state_shardings
+
+    model = architecture(case.model)
+    on_cpu = jax.default_backend() == "cpu"
+    step = StepConfig("float32" if on_cpu else "bfloat16", remat="none" if on_cpu else "minimal")
+    optimizer = OptimizerConfig(warmup_steps=0)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    tokens = _tokens(case, model.vocab_size)
+    batch = {
+        "tokens": tokens[:, :-1].astype(np.int32),
+        "targets": tokens[:, 1:].astype(np.int32),
+        "positions": np.tile(np.arange(case.length, dtype=np.int32), (case.rows, 1)),
+        "segment_ids": np.ones((case.rows, case.length), np.int32),
+        "loss_mask": np.ones((case.rows, case.length), np.float32),
+    }
+    with jax.set_mesh(mesh):
+        lowered = jit_train_step(model, optimizer, step, 1000, mesh, case.rows, case.length).lower(
+            abstract_state(model, optimizer), abstract_batch(case.rows, case.length)
+        )
+        compiled = lowered.compile()
+        layout = state_shardings(model, optimizer, mesh)
+        state = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=layout)(jax.random.key(0))
+        batch = jax.device_put(batch, compiled.input_shardings[0][1])
+        best = float("inf")
+        for _ in range(repetitions + 1):
+            began = time.perf_counter()
+            state, metrics = compiled(state, batch)
+            float(metrics["loss"])
+            best = min(best, time.perf_counter() - began)
+    return _report(case, best, peak_memory_gib() * 2**30)
+
+
+def _transformers(case: Case, repetitions: int) -> dict[str, float]:
+    import torch
+    import transformers
+
+    from infer.arguments import peak_memory_gib
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_float32_matmul_precision("high")
+    ours = architecture(case.model)
+    fields = ours.to_hf()
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.config.use_cache = False
+    model.train()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
+    tokens = torch.tensor(_tokens(case, ours.vocab_size), device=device)
+    forward = torch.compile(model) if device == "cuda" else model
+    best = float("inf")
+    for _ in range(repetitions + (4 if device == "cuda" else 1)):
+        began = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            logits = forward(tokens[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        best = min(best, time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory_gib() * 2**30
+    return _report(case, best, peak)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
