@@ -1,5 +1,5 @@
-# `make demo` and `make test` need only Python 3.11 or newer and make: each builds .venv once and reuses it until
-# setup.cfg changes. Elsewhere: PYTHON=/path/to/python3.12 make test, VENV=/some/folder make test.
+# `make demo`, `make train-demo` and `make test` need only Python 3.11 or newer and make: each builds .venv once and
+# reuses it until setup.cfg changes. Elsewhere: PYTHON=/path/to/python3.12 make test, VENV=/some/folder make test.
 SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n 2
 # the TPU compiler that the recorded figures are of
 LIBTPU ?= libtpu==0.0.51
 
-.PHONY: help demo test test-slow lint bench tpu-check tpu-table clean
+.PHONY: help demo train-demo test test-slow lint bench tpu-check tpu-table clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -16,6 +16,13 @@ help:  ## list the targets
 
 demo: $(VENV)/.base  ## answer a question with the default model (needs only the base install)
 	$(BIN)/qwen-jax demo
+
+train-demo: $(VENV)/.train  ## train a small Qwen from scratch, draw its loss and let it write
+	test -d runs/tokenizer || $(BIN)/qwen-jax data tokenizer corpus:english corpus:python --vocab-size 2048 --out runs/tokenizer
+	$(BIN)/qwen-jax train pretrain_tiny
+	$(BIN)/qwen-jax generate --model runs/pretrain_tiny/final --max-tokens 120 --temperature 0.7 --top-p 0.9 \
+		"And the king said unto" "The for statement is used to" "In the beginning"
+	@echo "weights: runs/pretrain_tiny/final; loss curves: runs/pretrain_tiny/curves.png; the data: docs/data.md"
 
 test: $(VENV)/.dev  ## run the tests, the checks against PyTorch among them
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -55,9 +62,13 @@ $(VENV)/.base: setup.cfg | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
+$(VENV)/.train: setup.cfg | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train]"
+	@touch $@ $(VENV)/.base
+
 $(VENV)/.dev: setup.cfg | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,torch,train]"
-	@touch $@ $(VENV)/.base
+	@touch $@ $(VENV)/.base $(VENV)/.train
 
 # beside the environment, not in it: where libtpu is installed, jax looks for a TPU at every start
 $(VENV)/tpu: | $(BIN)/python

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
@@ -109,6 +109,25 @@ class Tokenizer:
             self._check_id(id)
 
     # --- constructors -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A new tokenizer of `vocab_size` ids, learned from texts: Qwen's rules, and at the end Qwen2.5's added tokens.
+
+        Raises InputError when there is no room for the 256 bytes and the added tokens.
+        """
+        added = _ADDED["qwen2.5"]
+        if vocab_size < (least := 256 + len(added)):
+            raise InputError(f"a vocabulary of {vocab_size} has no room for the bytes; it needs at least {least} ids.")
+        backend = _build({}, [], [])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(added), initial_alphabet=list(_BYTE_TO_CHAR.values()), show_progress=False
+        )
+        backend.train_from_iterator(texts, trainer)
+        backend.add_tokens(
+            [tokenizers.AddedToken(text, normalized=False, special=text not in _NOT_SPECIAL) for text in added]
+        )
+        return cls(backend)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Tokenizer:

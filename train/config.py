@@ -46,9 +46,13 @@ class TrainConfig:
     model: str = "default"
     """Weights to start from: `default`, a folder, a .gguf file or a Hugging Face id. Its tokenizer is used too."""
     architecture: tyro.conf.Suppress[ModelConfig | None] = None
-    """Start from random weights of this architecture; of `model` only the tokenizer is used."""
+    """Start from random weights of this architecture; of `model` only the tokenizer is used, which may be all it has."""
     preset: str | None = None
     """Start from random weights of this released model's architecture; of `model` only the tokenizer is used."""
+    rope_theta: float | None = None
+    """RoPE base to go on with instead of the checkpoint's, for stages of longer sequences."""
+    max_position_embeddings: int | None = None
+    """Context length that the trained model declares instead of the checkpoint's."""
     seed: int = 0
     """Of random weights; the data has a seed of its own."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -83,6 +87,11 @@ class TrainConfig:
             )
         if self.preset and self.architecture:
             raise InputError(f"preset {self.preset!r} and the experiment's own architecture exclude each other.")
+        if (self.preset or self.architecture) and (self.rope_theta or self.max_position_embeddings):
+            raise InputError(
+                "rope_theta and max_position_embeddings change the checkpoint that a run starts from, and this one "
+                "starts from random weights; leave them out, or leave out preset and architecture."
+            )
 
 
 def experiments() -> dict[str, str]:

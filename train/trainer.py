@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -22,6 +23,8 @@ from train.config import ProcessesConfig, TrainConfig, experiments, load_experim
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from qwen_jax.config import ModelConfig
+    from qwen_jax.tokenizer import Tokenizer
     from qwen_jax.weights.checkpoint import Checkpoint
     from train.data.loader import DataIterator
     from train.step import Batch, TrainState
@@ -58,8 +61,7 @@ def train(config: TrainConfig) -> int:
     import numpy as np
 
     from qwen_jax.sharding import make_mesh
-    from qwen_jax.tokenizer import check_tokenizer
-    from qwen_jax.weights.checkpoint import open_checkpoint
+    from qwen_jax.tokenizer import check_tokenizer, load_tokenizer
     from train.checkpoint import Checkpoints
     from train.data.loader import make_loader
     from train.metrics import Display, Recorder, plot, utilisation
@@ -72,9 +74,9 @@ def train(config: TrainConfig) -> int:
         raise InputError(f"{config.export} already exists; choose another folder to export to, or remove it first.")
     display = Display(config.steps, config.log_every, show=is_main)
     say = display.say
-    base = open_checkpoint(config.model)
+    base = _base(config)
     model = _architecture(config, base)
-    tokenizer = base.tokenizer()
+    tokenizer = base.tokenizer() if base else load_tokenizer(config.model)
     check_tokenizer(tokenizer, model)
     mesh = make_mesh(config.mesh, model=model)
     rows, length = config.data.batch_size, config.data.sequence_length
@@ -188,7 +190,7 @@ def train(config: TrainConfig) -> int:
         if done < config.steps:
             say(f"the data ended after {done} of {config.steps} steps; more `epochs` would give more")
         checkpoints.close()
-        _write_weights(config, model, state, base, say)
+        _write_weights(config, model, state, base, tokenizer, say)
         if recorder:
             recorder.close()
             say(f"{recorder.path}, {plot(recorder.path)}")
@@ -209,10 +211,26 @@ def _join(processes: ProcessesConfig) -> None:
         jax.distributed.initialize(processes.coordinator, processes.count, processes.index)
 
 
-def _architecture(config: TrainConfig, base: Checkpoint) -> Any:
+def _base(config: TrainConfig) -> Checkpoint | None:
+    """What `model` names; None where random weights need only its tokenizer and it is a folder with nothing else."""
+    from qwen_jax.weights.checkpoint import open_checkpoint
+
+    folder = Path(config.model)
+    if (config.preset or config.architecture) and folder.is_dir() and not (folder / "config.json").exists():
+        return None
+    return open_checkpoint(config.model)
+
+
+def _architecture(config: TrainConfig, base: Checkpoint | None) -> ModelConfig:
     from qwen_jax.presets import load_preset
 
-    return load_preset(config.preset) if config.preset else config.architecture or base.config
+    if config.preset:
+        return load_preset(config.preset)
+    if config.architecture:
+        return config.architecture
+    assert base is not None
+    changes = {"rope_theta": config.rope_theta, "max_position_embeddings": config.max_position_embeddings}
+    return dataclasses.replace(base.config, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _check_rows(mesh: Mesh, rows: int, accumulate: int) -> None:
@@ -267,7 +285,7 @@ class Feed:
         return {name: array(name) for name in local}
 
 
-def _initial_state(config: TrainConfig, model: Any, base: Checkpoint, layout: TrainState) -> TrainState:
+def _initial_state(config: TrainConfig, model: Any, base: Checkpoint | None, layout: TrainState) -> TrainState:
     import sys
 
     import jax
@@ -279,6 +297,7 @@ def _initial_state(config: TrainConfig, model: Any, base: Checkpoint, layout: Tr
     if config.preset or config.architecture:
         make = jax.jit(lambda key: init_state(model, config.optimizer, key), out_shardings=layout)
         return make(jax.random.key(config.seed))
+    assert base is not None
     progress = sys.stderr.isatty() and jax.process_index() == 0
     params = load_params(base, np.float32, layout.params, progress=progress)
     make = jax.jit(lambda params: new_state(params, config.optimizer), out_shardings=layout, donate_argnums=0)
@@ -342,7 +361,12 @@ def _stop_requests() -> Iterator[Callable[[int], signal.Signals | None]]:
 
 
 def _write_weights(
-    config: TrainConfig, model: Any, state: TrainState, base: Checkpoint, say: Callable[[str], None]
+    config: TrainConfig,
+    model: Any,
+    state: TrainState,
+    base: Checkpoint | None,
+    tokenizer: Tokenizer,
+    say: Callable[[str], None],
 ) -> None:
     """OUT/final, float32 in our own form, and the export."""
     import jax
@@ -358,6 +382,8 @@ def _write_weights(
         checkpointer.save(final, state.params, force=True)
     if jax.process_index() == 0:
         write_config(ParamsCheckpoint(state.params, model, base), final, "float32")
+        if base is None:
+            tokenizer.save(final)
         say(f"final weights: {final}")
         if config.export:
             save_hf(open_checkpoint(final), config.export, dtype=ml_dtypes.bfloat16, progress=False)

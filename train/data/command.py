@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import tyro
@@ -54,6 +56,20 @@ class Inspect:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainTokenizer:
+    """Learns a tokenizer from sources: Qwen's rules with a vocabulary of your own, for models trained from scratch."""
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders, patterns, data sets; or corpus:python, corpus:english, corpus:chinese."""
+    out: Path
+    """Folder to write it to; `qwen-jax train EXPERIMENT --model FOLDER` uses it."""
+    vocab_size: int = 4096
+    """Ids, those of the added tokens included."""
+    text_field: str = "text"
+    """The field of a record that holds the text."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SourceRow:
     """Of one source; tokens are estimated from `sampled` documents spread evenly over it, exact when that is all."""
 
@@ -84,18 +100,45 @@ class PackingRow:
 
 
 def main(argv: list[str]) -> int:
-    """The subcommand `data`. Raises InputError for another word than `inspect`."""
+    """The subcommand `data`. Raises InputError for a word that is none of its commands."""
     name, *rest = argv or ["--help"]
+    commands: dict[str, tuple[type, Callable[[Any], None]]] = {
+        "inspect": (Inspect, inspect),
+        "tokenizer": (TrainTokenizer, train_tokenizer),
+    }
     if name in ("-h", "--help"):
-        print("usage: qwen-jax data inspect SOURCES... [options]\n\n  inspect  tokens, packing and samples of sources")
+        print(
+            "usage: qwen-jax data COMMAND SOURCES... [options]\n\n"
+            "  inspect    tokens, packing and samples of sources\n"
+            "  tokenizer  learn a tokenizer from sources"
+        )
         return 0
-    if name != "inspect":
-        raise InputError(f"there is no command 'data {name}'; did you mean 'data inspect'?")
-    options = tyro.cli(Inspect, args=rest, prog="qwen-jax data inspect", config=(tyro.conf.FlagCreatePairsOff,))
+    if name not in commands:
+        raise InputError(f"there is no command 'data {name}'; there are {' and '.join(commands)}.")
+    kind, command = commands[name]
+    options = tyro.cli(kind, args=rest, prog=f"qwen-jax data {name}", config=(tyro.conf.FlagCreatePairsOff,))
     if not options.sources:
-        raise InputError("data inspect needs at least one source: a file, a folder, or corpus:english.")
-    inspect(options)
+        raise InputError(f"data {name} needs at least one source: a file, a folder, or corpus:english.")
+    command(options)
     return 0
+
+
+def train_tokenizer(options: TrainTokenizer) -> None:
+    """Learns and writes the tokenizer. Raises InputError when a source cannot be used or the folder exists."""
+    from qwen_jax.tokenizer import Tokenizer
+    from qwen_jax.weights._files import new_folder
+    from train.data.sources import open_source
+
+    texts, began = [], time.perf_counter()
+    with new_folder(options.out) as folder:
+        for path in options.sources:
+            source = open_source(SourceConfig(path, text_field=options.text_field))
+            texts += [str(source[i]) for i in range(len(source))]
+        tokenizer = Tokenizer.train(texts, options.vocab_size)
+        tokenizer.save(folder)
+    characters = sum(map(len, texts))
+    seconds = time.perf_counter() - began
+    print(f"{len(tokenizer)} tokens learned from {characters / 1e6:.1f}M characters in {seconds:.0f} s: {options.out}")
 
 
 def inspect(options: Inspect) -> None:
