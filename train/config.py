@@ -46,7 +46,7 @@ class TrainConfig:
     model: str = "default"
     """Weights to start from: `default`, a folder, a .gguf file or a Hugging Face id. Its tokenizer is used too."""
     architecture: tyro.conf.Suppress[ModelConfig | None] = None
-    """Start from random weights of this architecture; of `model` only the tokenizer is used, which may be all it has."""
+    """Start from random weights of this architecture; of `model` only the tokenizer is used, and needed."""
     preset: str | None = None
     """Start from random weights of this released model's architecture; of `model` only the tokenizer is used."""
     rope_theta: float | None = None
