@@ -31,11 +31,11 @@ config = TrainConfig(
     eval_data=DataConfig(
         (SourceConfig("corpus:python", split="held-out"),), sequence_length=LENGTH, batch_size=4, packing="concat"
     ),
-    eval_every=150,
+    eval_every=200,
     eval_batches=8,
-    steps=300,
+    steps=800,
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
     step=StepConfig(remat="none"),
     out=Path("runs/long_context_tiny"),
-    checkpoint_every=150,
+    checkpoint_every=200,
 )

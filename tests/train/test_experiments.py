@@ -47,8 +47,6 @@ def model_of(config: TrainConfig) -> ModelConfig:
 @pytest.mark.parametrize("name", experiments())
 def test_an_experiment_loads_and_its_step_builds(name):
     config, text = load_experiment(name)
-    for word in ("Command: ", "Hardware: ", "Time", "result"):
-        assert word in text, f"the docstring of {name} lacks {word!r}"
     assert f"qwen-jax train {name}" in text
     assert config.out == Path("runs") / name
 
