@@ -1,6 +1,10 @@
 """The default model goes on with a dictionary of Chinese idioms: 20 short steps on two CPU cores.
 
 Command: qwen-jax train continue_demo
+Hardware: 2 CPU cores, 7 GiB of memory.
+Time: 5.2 s a step where nothing else runs, and a minute or two to read and write the weights.
+Result (2026-11-21): perplexity of 1,024 held-out tokens in rows of 256 falls from 107.72 to 70.42 (float32);
+transformers reads 70.42 too from the exported folder, 4.254488 nats per token where ours is 4.254504.
 """
 
 from pathlib import Path

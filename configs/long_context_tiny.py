@@ -1,4 +1,12 @@
-"""A small Qwen1 trained at 512 tokens, to see how far its long-context schemes carry it."""
+"""A small Qwen1 trained at 512 tokens, to see how far its long-context schemes carry it.
+
+Command: qwen-jax data tokenizer corpus:english corpus:python --vocab-size 2048 --out runs/tokenizer
+         qwen-jax train long_context_tiny
+Hardware: 2 CPU cores, 1 GiB of memory.
+Time: 0.33 s a step where nothing else runs, and so 4.4 minutes.
+Result (2026-11-21): held-out loss 3.75 nats per token; perplexity by length in docs/long-context.md. That run was made
+in pieces, of 450, 300 and then 800 steps, so that its learning rate fell and rose again.
+"""
 
 from pathlib import Path
 

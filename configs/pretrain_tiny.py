@@ -1,7 +1,13 @@
-"""A small Qwen2 from random weights on the King James Bible and Python's language reference: `make train-demo`.
+"""A small Qwen2 from random weights on the King James Bible and Python's language reference.
 
-Command: make train-demo, which is: qwen-jax data tokenizer corpus:english --vocab-size 2048 --out runs/tokenizer
-         qwen-jax train pretrain_tiny
+Command: make train-demo, which is
+    qwen-jax data tokenizer corpus:english corpus:python --vocab-size 2048 --out runs/tokenizer
+    qwen-jax train pretrain_tiny
+    qwen-jax generate --model runs/pretrain_tiny/final "And the king said unto" ...
+Hardware: 2 CPU cores, 1 GiB of memory.
+Time: 0.24 s a step and so 4.4 minutes of training (the median of 1,100 steps, part of them on a busy machine).
+Result (2026-11-21): held-out loss 4.29 nats per token after 550 steps, 3.83 at the end; the first step's loss is 7.66.
+    And the king said unto | Moses, These are he hath spiritful, and have not afraid, and come into his father ...
 """
 
 from pathlib import Path

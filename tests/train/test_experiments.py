@@ -30,7 +30,9 @@ class Base:
 def start_of(config: TrainConfig) -> ModelConfig:
     """The architecture of the weights that `model` names: a released model, or what an experiment before it leaves."""
     if config.model == "default":
-        return load_preset(DEFAULT)
+        return dataclasses.replace(
+            load_preset(DEFAULT), tie_word_embeddings=False
+        )  # its GGUF file has a head of its own
     if config.model == "runs/upcycled":
         return load_preset("qwen2-57b-a14b")
     if found := re.fullmatch(r"runs/(\w+)/final", config.model):
