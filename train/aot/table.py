@@ -33,7 +33,7 @@ TRAINING = (
     train("qwen2.5-7b", "v6e-8", 4, 32768, fsdp=4, tensor=2),
     train("qwen2.5-7b", "v5p-8", 16, 4096, fsdp=8, remat="minimal"),
     train("qwen2.5-7b", "v5p-8", 8, 32768, fsdp=8),
-    train("qwen2.5-32b", "v6e-64", 128, 4096, fsdp=16, tensor=4),
+    train("qwen2.5-32b", "v6e-64", 128, 4096, fsdp=32, tensor=2),
     train("qwen2.5-32b", "v6e-64", 16, 32768, fsdp=16, tensor=4),
     train("qwen2.5-72b", "v5p-128", 128, 4096, fsdp=32, tensor=4, remat="dots"),
     train("qwen2.5-72b", "v5p-128", 32, 32768, fsdp=32, tensor=4),
