@@ -13,7 +13,7 @@ from train.config import TrainConfig
 from train.data.config import DataConfig, SourceConfig
 from train.optimizer import OptimizerConfig
 
-STEPS = 21_400
+STEPS = 21_458
 
 config = TrainConfig(
     model="Qwen/Qwen-7B",
