@@ -394,10 +394,17 @@ def _backward_kernel(static: Static, walk: Walk, adds: bool, table_ref: Any, off
     tile, groups, precision = walk.tile(table_ref, offset_ref), q_ref.shape[0], _precision(q_ref.dtype)
     width, place = static.width_axis, (pl.program_id(2), pl.program_id(0), pl.program_id(1))
 
+    def key_blocks(body: Any) -> None:
+        @pl.loop(0, dk_acc_ref.shape[0] // walk.blocks.key)
+        def _(i: Any) -> None:
+            body(pl.ds(pl.multiple_of(i * walk.blocks.key, walk.blocks.key), walk.blocks.key))
+
     @pl.when(pl.program_id(3) == 0)
     def _() -> None:
-        dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
-        dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
+        @key_blocks
+        def _(keys: Any) -> None:
+            dk_acc_ref[keys] = jnp.zeros_like(dk_acc_ref[keys])
+            dv_acc_ref[keys] = jnp.zeros_like(dv_acc_ref[keys])
 
     @pl.when(tile.has(FIRST))
     def _() -> None:
@@ -432,11 +439,8 @@ def _backward_kernel(static: Static, walk: Walk, adds: bool, table_ref: Any, off
     @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
     def _() -> None:
         # by hand: blocks of the pipeline would hold them twice more in VMEM
-        size = walk.blocks.key
-
-        @pl.loop(0, dk_acc_ref.shape[0] // size)
-        def _(i: Any) -> None:
-            keys = pl.ds(pl.multiple_of(i * size, size), size)
+        @key_blocks
+        def _(keys: Any) -> None:
             for acc_ref, scale, out_ref in ((dk_acc_ref, static.scale, dk_ref), (dv_acc_ref, 1.0, dv_ref)):
                 written_ref[...] = (acc_ref[keys] * scale).astype(written_ref.dtype)
                 pltpu.sync_copy(written_ref, out_ref.at[*place, keys])

@@ -180,11 +180,12 @@ def test_equals_dense_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("case", [dict(window=150), dict(chunk=128, segments="mixed")], ids=["window", "chunks"])
-def test_no_races(case: dict[str, Any]) -> None:
-    found = errors(num_queries=260, heads=(2, 1), interpret=pltpu.InterpretParams(detect_races=True), span=256, **case)
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
+def test_no_races(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two simulated cores share the queries of one head; the detector prints what it finds."""
+    monkeypatch.setattr(flash, "chip", lambda: flash.CHIPS["v5p"])
+    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    found = errors(num_queries=260, heads=(2, 1), interpret=interpret, span=256, **case)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
     assert max(found.values()) <= TOLERANCE[jnp.float32], found
 
 
@@ -210,9 +211,8 @@ def test_equals_torch() -> None:
 
 def test_two_cores_share_one_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "chip", lambda: flash.CHIPS["v5p"])
-    for case in (dict(num_queries=600), dict(num_queries=380, segments="packed")):
-        found = errors(heads=(3, 1), **case)
-        assert max(found.values()) <= TOLERANCE[jnp.float32], found
+    found = errors(num_queries=600, heads=(3, 1), segments="packed")
+    assert max(found.values()) <= TOLERANCE[jnp.float32], found
 
 
 def test_parts_merge_by_log_sum_exp() -> None:
