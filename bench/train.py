@@ -137,7 +137,7 @@ def _ours(case: Case, repetitions: int) -> dict[str, float]:
 
     model = architecture(case.model)
     on_cpu = jax.default_backend() == "cpu"
-    step = StepConfig("float32" if on_cpu else "bfloat16", remat="none" if on_cpu else "minimal")
+    step = StepConfig("float32" if on_cpu else "bfloat16", remat="minimal")
     optimizer = OptimizerConfig(warmup_steps=0)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     tokens = _tokens(case, model.vocab_size)

@@ -35,7 +35,7 @@ class Checkpoints:
         self._failed = self._begun = False
         # both print whole stack traces of what is reported here in one sentence
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._excepthook, sys.excepthook = sys.excepthook, _quiet_excepthook
+        self._hook, sys.unraisablehook = sys.unraisablehook, _quiet_hook
         self._open()
 
     def _open(self) -> None:
@@ -79,10 +79,10 @@ class Checkpoints:
         """Waits for the last checkpoint. Raises InputError if it could not be written."""
         self.finish()
         self._manager.close()
-        sys.excepthook = self._excepthook
+        sys.unraisablehook = self._hook
         if self._failed:
             raise InputError(
-                f"the last checkpoint could not be written; {self._latest()} Free some space, then run the same "
+                f"the last checkpoint could not be written, and {self._latest()}; free some space, then run the same "
                 "command again."
             )
 
@@ -91,7 +91,7 @@ class Checkpoints:
         code = re.search(r"os_error_code='(\d+)'", str(error))
         number = int(code[1]) if code else getattr(error, "errno", None)
         reason = os.strerror(number).lower() if number else str(error).splitlines()[0]
-        self._say(f"a checkpoint could not be written ({reason}); training goes on. {self._latest()}")
+        self._say(f"a checkpoint could not be written ({reason}); training goes on, and {self._latest()}.")
         if jax.process_index() == 0:
             for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -99,7 +99,7 @@ class Checkpoints:
 
     def _latest(self) -> str:
         steps = self.steps()
-        return f"The last good one is that of step {steps[-1]}." if steps else "There is none before it."
+        return f"the last good one is that of step {steps[-1]}" if steps else "there is none before it"
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are."""
@@ -155,10 +155,10 @@ class Checkpoints:
         self._open()
 
 
-def _quiet_excepthook(kind: Any, error: Any, trace: Any) -> None:
+def _quiet_hook(unraisable: sys.UnraisableHookArgs) -> None:
     """Not a word of TensorStore's further writes, which find asyncio's loop closed after the first has failed."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _loss(metrics: Any) -> float:
