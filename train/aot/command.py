@@ -109,7 +109,7 @@ def program_of(options: Compile) -> Program:
     )
     num_devices = parse_target(target).num_devices
     mesh = MeshConfig.parse(options.mesh) if options.mesh else default_mesh(program, num_devices)
-    sizes = dict(zip(AXES, mesh.sizes(num_devices), strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, mesh.sizes(num_devices), strict=True))
     rows = math.prod(sizes[axis] for axis in RULES.batch) * options.accumulate
     used = tuple((axis, size) for axis, size in sizes.items() if size != 1)
     return dataclasses.replace(program, mesh=used, batch=options.batch or rows)

@@ -74,7 +74,8 @@ class Instruction:
     @property
     def op_name(self) -> str:
         """Where in the JAX program the operation comes from, such as `jit(step)/while/body/dot_general`."""
-        return found[1] if (found := re.search(r'op_name="([^"]*)"', self.attributes)) else ""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1].replace("\\'", "'") if found else ""
 
     @property
     def estimated_cycles(self) -> int:

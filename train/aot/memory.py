@@ -93,7 +93,7 @@ def blocks(buffer_assignment: str, module: hlo.Module) -> list[Block]:
         if header := re.match(r"allocation (\d+): size \d+, (color [1-9])?", line):
             allocation, in_hbm, temporary = header[1], header[2] is None, "preallocated-temp" in line
         elif in_hbm and (value := re.match(r" value: <\d+ ([^\s{]+).*\(size=(\d+),offset=(\d+)\): (\S+?)[{\s]", line)):
-            size, op_name = int(value[2]), names.get(value[1], "").replace("\\'", "'")
+            size, op_name = int(value[2]), names.get(value[1], "")
             rank, place = (size, bool(op_name)), (allocation, int(value[3]))
             if place not in found or rank > found[place][0]:
                 dims = [int(d) for d in re.findall(r"\d+", value[4].partition("[")[2])]
