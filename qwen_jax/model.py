@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
 from qwen_jax.layers.attention import Attention, AttentionSpec, take_token
 from qwen_jax.layers.embedding import Embedding
 from qwen_jax.layers.linear import residual_std

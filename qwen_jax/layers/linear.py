@@ -9,44 +9,58 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from qwen_jax.layers.param import declare
-from qwen_jax.sharding import current_mesh
+from qwen_jax.sharding import current_mesh, target_platform
 
 # Rows of x up to which the kernel is the left operand, see `project`.
 FEW_ROWS = 64
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(kernel: jax.Array, x: jax.Array, num_in: int = 1) -> jax.Array:
-    """Sums `kernel[*out, *in] * x[*batch, *in]` over the last `num_in` axes; float32 result [*batch, *out].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(kernel: jax.Array, x: jax.Array, num_in: int = 1, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """Sums `kernel[*out, *in] * x[*batch, *in]` over the last `num_in` axes in float32; result [*batch, *out].
 
     One plain matrix product. For few rows of x the kernel is the left operand, because XLA:CPU then streams it at
     memory bandwidth, and the right one for many (docs/performance.md); other backends choose the order themselves.
     """
-    return _product(kernel, x, num_in)[0]
+    return _product(kernel, x, num_in, dtype)[0]
 
 
-def _product(kernel: jax.Array, x: jax.Array, num_in: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _rounded(dtype: DTypeLike) -> DTypeLike:
+    """The type in which a product that will be rounded to `dtype` is best asked for.
+
+    Where devices each sum a part of a product, they exchange their sums in this type, so bfloat16 halves what the links
+    carry. XLA:CPU takes the matrix unit for float32 results only.
+    """
+    return jnp.float32 if target_platform() == "cpu" else dtype
+
+
+def _product(
+    kernel: jax.Array, x: jax.Array, num_in: int, dtype: DTypeLike
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     num_out, num_batch = kernel.ndim - num_in, x.ndim - num_in
     out_shape, batch_shape = kernel.shape[:num_out], x.shape[:num_batch]
     if math.prod(batch_shape) > FEW_ROWS:
         # axes stay apart: rows and sequence may be split over different axes of a mesh
         contract = (tuple(range(num_batch, x.ndim)), tuple(range(num_out, kernel.ndim)))
-        return lax.dot_general(x, kernel, (contract, ((), ())), preferred_element_type=jnp.float32), (kernel, x)
+        return lax.dot_general(x, kernel, (contract, ((), ())), preferred_element_type=dtype), (kernel, x)
     matrix = kernel.reshape(math.prod(out_shape), -1)  # [out, in]
     rows = x.reshape(math.prod(batch_shape), -1)  # [rows, in]
-    y = lax.dot_general(matrix, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).T
+    y = lax.dot_general(matrix, rows, (((1,), (1,)), ((), ())), preferred_element_type=dtype).T
     return y.reshape(*batch_shape, *out_shape), (kernel, x)
 
 
-def _gradients(num_in: int, operands: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gradients(
+    num_in: int, dtype: DTypeLike, operands: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Two matrix products of x's dtype, summed in float32, where JAX's own rule would multiply in float32."""
     kernel, x = operands
     num_batch, num_out = x.ndim - num_in, kernel.ndim - num_in
     dy = dy.astype(x.dtype)
     contract = (tuple(range(num_batch, dy.ndim)), tuple(range(num_out)))
-    dx = lax.dot_general(dy, kernel, (contract, ((), ())), preferred_element_type=jnp.float32)
+    dx = lax.dot_general(dy, kernel, (contract, ((), ())), preferred_element_type=_rounded(x.dtype))
     if x.dtype == jnp.float32 and current_mesh() is None:
         # XLA:CPU transposes a matrix within its product, but more axes of float32 by a slow copy of their own
         x_rows, dy_rows = (array.reshape(math.prod(x.shape[:num_batch]), -1) for array in (x, dy))
@@ -74,7 +88,8 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init, shape = nn.initializers.normal(self.std), self.out_shape + self.in_shape
         kernel = declare(self, "kernel", init, shape, self.out_axes + self.in_axes)
-        y: Any = project(kernel.astype(x.dtype), x, len(self.in_shape))
+        dtype = jnp.float32 if self.use_bias else _rounded(x.dtype)
+        y: Any = project(kernel.astype(x.dtype), x, len(self.in_shape), dtype)
         if self.use_bias:
             bias = declare(self, "bias", nn.initializers.zeros, self.out_shape, self.out_axes)
             y += bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
