@@ -167,6 +167,8 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float, moments: Moments) 
         def one(g: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:
             m = beta1 * load(mu) + (1 - beta1) * g
             v = beta2 * load(nu) + (1 - beta2) * jnp.square(g)
+            # the direction from the moments as stored, or XLA:CPU would keep copies of the old ones to compute it from
+            m, v = lax.optimization_barrier((m, v))
             direction = (m / correct1) / (jnp.sqrt(v / correct2) + epsilon)
             return direction, store(m, moments, True, count), store(v, moments, False, count)
 

@@ -142,10 +142,13 @@ def make_train_step(
         if model.moe:
             metrics["balance_loss"] = balance
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(balance) & jnp.isfinite(metrics["grad_norm"])
-        updates, opt_state = transformation.update(gradients, state.opt_state, trainable)
-        params = merge_frozen(optax.apply_updates(trainable, updates), frozen)
-        updated = TrainState(state.step + 1, params, opt_state)
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+
+        def update() -> TrainState:
+            updates, opt_state = transformation.update(gradients, state.opt_state, trainable)
+            params = merge_frozen(optax.apply_updates(trainable, updates), frozen)
+            return TrainState(state.step + 1, params, opt_state)
+
+        state = lax.cond(finite, update, lambda: state)
         return state, metrics | {"finite": finite.astype(jnp.float32)}
 
     return train_step

@@ -378,8 +378,11 @@ def _write_weights(
     from qwen_jax.weights.load import ParamsCheckpoint
 
     final = (config.out / "final").absolute()
+    # a layer to a chunk: who reads one layer, as the export does, need not read all
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(), state.params)
+    chunks["layers"] = jax.tree.map(lambda _: ocp.SaveArgs(shard_axes=(0,)), chunks["layers"])
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(final, state.params, force=True)
+        checkpointer.save(final, state.params, save_args=chunks, force=True)
     if jax.process_index() == 0:
         write_config(ParamsCheckpoint(state.params, model, base), final, "float32")
         if base is None:
