@@ -209,6 +209,19 @@ def test_the_step_lowers_from_shapes_alone(moments):
     assert "sharding" in lowered.as_text()[:100000]
 
 
+@pytest.mark.parametrize("clip_norm", [1.0, None])
+def test_the_update_copies_neither_weights_nor_moments(clip_norm):
+    model = dataclasses.replace(CONFIG, vocab_size=4096, hidden_size=256, intermediate_size=1024)
+    optimizer = dataclasses.replace(OPTIMIZER, clip_norm=clip_norm)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        step = jit_train_step(model, optimizer, EXACT, 10, mesh, 1, 16)
+        memory = step.lower(abstract_state(model, optimizer), abstract_batch(1, 16)).compile().memory_analysis()
+    gradients = 4 * model.num_params()
+    assert memory.alias_size_in_bytes >= 3 * gradients
+    assert memory.temp_size_in_bytes < 1.5 * gradients  # with copies 2.7 and more
+
+
 def test_init_state_is_what_abstract_state_says():
     concrete = init_state(CONFIG, OPTIMIZER, jax.random.key(0))
     shapes = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
