@@ -261,8 +261,14 @@ def gathered(param: jax.Array, axes: Sequence[str]) -> jax.Array:
     def gather(x: jax.Array) -> jax.Array:
         return lax.with_sharding_constraint(x, whole)
 
+    def scatter(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+        # first over one axis, then over all: asked for all at once, XLA gathers the activations of every device
+        first = (kept if kept == part else jax.tree.leaves(part)[0] for part, kept in zip(parts, whole, strict=True))
+        cotangent = lax.with_sharding_constraint(cotangent, PartitionSpec(*first))
+        return (lax.with_sharding_constraint(cotangent, parts),)
+
     # a constraint's own gradient would be gathered as well: an all-reduce where a reduce-scatter is enough
-    gather.defvjp(lambda x: (gather(x), None), lambda _, cotangent: (lax.with_sharding_constraint(cotangent, parts),))
+    gather.defvjp(lambda x: (gather(x), None), scatter)
     return gather(param)
 
 

@@ -177,7 +177,8 @@ def _on_device(
     if layout:
         rest = layout.over_tokens
         if layout.over_width:
-            d_head = lax.psum_scatter(d_head, layout.over_width, scatter_dimension=1, tiled=True)
+            for axis in jax.tree.leaves(layout.over_width):  # one by one, as in `_sharded_lookup`
+                d_head = lax.psum_scatter(d_head, axis, scatter_dimension=1, tiled=True)
             rest = tuple(axis for axis in rest if axis not in jax.tree.leaves(layout.over_width))
         d_head = lax.psum(d_head, rest)
         if layout.scatter_hidden:

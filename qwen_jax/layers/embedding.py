@@ -63,8 +63,8 @@ def _sharded_lookup(table: jax.Array, tokens: jax.Array, mesh: AbstractMesh) -> 
     out_spec = activation_spec(mesh, (*tokens.shape, table.shape[1]), "batch", "residual", None)
 
     def body(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        if width is not None:
-            table = lax.all_gather(table, width, axis=1, tiled=True)
+        for axis in reversed(jax.tree.leaves(width)):  # one by one: XLA:TPU has no reduce-scatter over all at once
+            table = lax.all_gather(table, axis, axis=1, tiled=True)
         if rows is None:
             return _lookup(table, tokens)
         tokens = tokens - lax.axis_index(rows) * len(table)

@@ -28,7 +28,7 @@ def project(kernel: jax.Array, x: jax.Array, num_in: int = 1, dtype: DTypeLike =
     return _product(kernel, x, num_in, dtype)[0]
 
 
-def _rounded(dtype: DTypeLike) -> DTypeLike:
+def product_dtype(dtype: DTypeLike) -> DTypeLike:
     """The type in which a product that will be rounded to `dtype` is best asked for.
 
     Where devices each sum a part of a product, they exchange their sums in this type, so bfloat16 halves what the links
@@ -60,7 +60,7 @@ def _gradients(
     num_batch, num_out = x.ndim - num_in, kernel.ndim - num_in
     dy = dy.astype(x.dtype)
     contract = (tuple(range(num_batch, dy.ndim)), tuple(range(num_out)))
-    dx = lax.dot_general(dy, kernel, (contract, ((), ())), preferred_element_type=_rounded(x.dtype))
+    dx = lax.dot_general(dy, kernel, (contract, ((), ())), preferred_element_type=product_dtype(x.dtype))
     if x.dtype == jnp.float32 and current_mesh() is None:
         # XLA:CPU transposes a matrix within its product, but more axes of float32 by a slow copy of their own
         x_rows, dy_rows = (array.reshape(math.prod(x.shape[:num_batch]), -1) for array in (x, dy))
@@ -88,7 +88,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init, shape = nn.initializers.normal(self.std), self.out_shape + self.in_shape
         kernel = declare(self, "kernel", init, shape, self.out_axes + self.in_axes)
-        dtype = jnp.float32 if self.use_bias else _rounded(x.dtype)
+        dtype = jnp.float32 if self.use_bias else product_dtype(x.dtype)
         y: Any = project(kernel.astype(x.dtype), x, len(self.in_shape), dtype)
         if self.use_bias:
             bias = declare(self, "bias", nn.initializers.zeros, self.out_shape, self.out_axes)

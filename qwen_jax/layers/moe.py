@@ -1,5 +1,7 @@
 """Mixture of experts: softmax over all experts, then top-k; dropless, as grouped matrix products."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -7,10 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.config import MoeConfig
-from qwen_jax.layers.linear import Linear
+from qwen_jax.layers.linear import Linear, product_dtype
 from qwen_jax.layers.mlp import Mlp
-from qwen_jax.layers.param import declare
-from qwen_jax.layers.sharded_experts import sharded_experts
+from qwen_jax.layers.sharded_experts import NARROW, WIDE, sharded_experts
 from qwen_jax.sharding import constrain, current_mesh
 
 # lhs [rows, in] grouped along rows, rhs [E, out, in]
@@ -39,11 +40,13 @@ def load_balancing_loss(stats: RouterStats) -> jax.Array:
 def expert_mlp(rows: jax.Array, group_sizes: jax.Array, kernels: tuple[jax.Array, ...]) -> jax.Array:
     """Each expert's SwiGLU on its rows: rows [N, D], the first group_sizes[0] of them for expert 0 and so on.
 
-    kernels: gate and up [E, M, D], down [E, D, M]. Returns float32 [N, D]; rows beyond the groups are undefined.
+    kernels: gate and up [E, M, D], down [E, D, M]. Returns [N, D] in rows' dtype or float32, whichever is the faster
+    (`product_dtype`); rows beyond the groups are undefined.
     """
 
     def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return lax.ragged_dot_general(x, kernel, group_sizes, _GROUPED, preferred_element_type=jnp.float32)
+        dtype = product_dtype(rows.dtype)
+        return lax.ragged_dot_general(x, kernel, group_sizes, _GROUPED, preferred_element_type=dtype)
 
     gate, up, down = kernels
     return grouped(nn.silu(grouped(rows, gate).astype(rows.dtype)) * grouped(rows, up).astype(rows.dtype), down)
@@ -56,7 +59,7 @@ def routed(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: tuple[j
     rows = jnp.take(x, order // top_k, axis=0)  # [N k, D]
     out = expert_mlp(rows, jnp.bincount(chosen.reshape(-1), length=num_experts), kernels)
     out = jnp.zeros_like(out).at[order].set(out).reshape(*chosen.shape, -1)  # [N, k, D]
-    return jnp.sum(out * weights.astype(jnp.float32)[..., None], axis=1)
+    return jnp.sum(out.astype(jnp.float32) * weights.astype(jnp.float32)[..., None], axis=1)
 
 
 class Experts(nn.Module):
@@ -73,10 +76,11 @@ class Experts(nn.Module):
         narrow = (self.moe.num_experts, self.hidden_size, self.moe.expert_intermediate_size)
 
         def kernel(name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-            return declare(self, name, nn.initializers.normal(self.std), shape, ("expert", *axes)).astype(x.dtype)
+            init = nn.with_logical_partitioning(nn.initializers.normal(self.std), axes)
+            param: Any = self.param(name, init, shape)  # what FSDP splits is gathered by `sharded_experts`
+            return param.astype(x.dtype)
 
-        wide_axes, narrow_axes = ("expert_mlp", "expert_embed"), ("expert_embed", "expert_mlp")
-        kernels = (kernel("gate", wide, wide_axes), kernel("up", wide, wide_axes), kernel("down", narrow, narrow_axes))
+        kernels = (kernel("gate", wide, WIDE), kernel("up", wide, WIDE), kernel("down", narrow, NARROW))
         mesh = current_mesh()
         if mesh is not None:
             return sharded_experts(routed, expert_mlp, x, chosen, weights, kernels, mesh)

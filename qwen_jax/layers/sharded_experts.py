@@ -6,6 +6,7 @@ No token is dropped. The price is a buffer for the worst case, in which every ro
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from jax.sharding import AbstractMesh
 from qwen_jax.sharding import activation_spec, target_platform
 
 Kernels = tuple[jax.Array, ...]
+
+# Logical axes of the gate's and up's kernels, and of the down's.
+WIDE, NARROW = ("expert", "expert_mlp", "expert_embed"), ("expert", "expert_embed", "expert_mlp")
 
 
 def sharded_experts(
@@ -28,17 +32,24 @@ def sharded_experts(
 ) -> jax.Array:
     """The experts of layers/moe.py with x [B, T, D], chosen and weights [B, T, k] and the kernels on a mesh; [B, T, D].
 
-    Experts are split over `expert`, and their features over `tensor`; what FSDP splits is gathered here.
+    Experts are split over `expert`, and their features over `tensor`; what FSDP splits is gathered here, so that the
+    kernels' gradients are scattered.
     """
     tensor = mesh.shape["tensor"]
     x_spec = activation_spec(mesh, x.shape, "batch", "sequence", None)
-    wide = activation_spec(mesh, kernels[0].shape, "expert", "expert_mlp", None)
-    narrow = activation_spec(mesh, kernels[2].shape, "expert", None, "expert_mlp")
+    wide, narrow = activation_spec(mesh, kernels[0].shape, *WIDE), activation_spec(mesh, kernels[2].shape, *NARROW)
     # where the tokens divide, the partial sums over `tensor` leave as the parts that the residual stream is kept in
     scatter = tensor > 1 and x.shape[1] % (mesh.shape["context"] * tensor) == 0
     y_spec = activation_spec(mesh, x.shape, "batch", "residual" if scatter else "sequence", None)
 
+    def gathered(kernel: jax.Array, dimension: int, over: Any) -> jax.Array:
+        for axis in reversed(jax.tree.leaves(over)):
+            kernel = lax.all_gather(kernel, axis, axis=dimension, tiled=True)
+        return kernel
+
     def body(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: Kernels) -> jax.Array:
+        gate, up, down = kernels
+        kernels = (gathered(gate, 2, wide[2]), gathered(up, 2, wide[2]), gathered(down, 1, narrow[1]))
         flat = x.reshape(-1, x.shape[-1])
         chosen, weights = chosen.reshape(len(flat), -1), weights.reshape(len(flat), -1)
         if mesh.shape["expert"] == 1:

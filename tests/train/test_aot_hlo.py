@@ -214,6 +214,22 @@ def test_all_to_all_is_limited_by_the_cut() -> None:
     assert wires.all_to_all_seconds(list(range(16)), 100e9) == pytest.approx(8 * 50e9 / (2 * 50e9))
 
 
+def test_ragged_exchange_and_grouped_product_count_the_rows_that_there_are() -> None:
+    """Two exchanges of one channel, to a buffer eight times as large and back, and a product over that buffer."""
+    module = hlo.parse("""ENTRY %main () -> f32[] {
+  %rows = bf16[64,32]{1,0} parameter(0)
+  %room = bf16[512,32]{1,0} parameter(1)
+  %sent = bf16[512,32]{1,0} ragged-all-to-all(%rows, %room), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+  %ragged-dot-none.1 = f32[512,16]{1,0} custom-call(%sent), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"800"}}}
+  ROOT %back = bf16[64,32]{1,0} ragged-all-to-all(%sent, %rows), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+""")  # noqa: E501
+    found = census(module, Wires(parse_topology("v5p:2x2x2"), {"expert": 8}, box("v5p:2x2x2").coordinates), 1 / 8)
+    assert sent(found, "ragged-all-to-all", "expert") == 2 * 64 * 32 * 2 * 7 // 8
+    assert [c.count for c in found.collectives] == [2]
+    assert found.flops == 100
+
+
 def test_mesh_axes_of_groups() -> None:
     slice_ = parse_topology("v5e:2x2")
     wires = Wires(slice_, {"fsdp": 2, "tensor": 2}, [(0, 0), (0, 1), (1, 0), (1, 1)])

@@ -224,7 +224,7 @@ class _Reader:
             users = computation.users.get(instruction.name, ())
             scattered = fused and bool(users) and all(user.opcode == "dynamic-slice" for user in users)
             kind = "reduce-scatter" if kind == "all-reduce" and scattered else kind
-            return self._read(instruction, kind, scattered)
+            return self._read(computation, instruction, kind, scattered)
         if instruction.opcode in ("fusion", "async-start"):
             inner = self.module.computations.get(instruction.called("calls") or "", hlo.Computation())
             for wrapped in inner.values():
@@ -233,7 +233,9 @@ class _Reader:
                     return found
         return None
 
-    def _read(self, instruction: hlo.Instruction, kind: str, scattered: bool) -> _Collective:
+    def _read(
+        self, computation: hlo.Computation, instruction: hlo.Instruction, kind: str, scattered: bool
+    ) -> _Collective:
         wires = self.wires
         started = instruction.opcode.endswith("-start")
         arrays = [array for array in instruction.arrays if array.dims]
@@ -258,6 +260,10 @@ class _Reader:
             sent = (total // (n + 1) if started else total) * (n - 1)
         elif kind == "all-reduce":
             sent = 2 * total * (n - 1) // n
+        elif kind == "ragged-all-to-all":
+            # what travels fills the smaller of both buffers; the other has room for the worst case
+            buffers = [computation[name].arrays[0].num_bytes for name in instruction.operands[:2]]
+            sent = min(buffers) * (n - 1) // n
         else:
             sent = (total // 2 if started else total) * (n - 1) // n
         if kind in ("all-to-all", "ragged-all-to-all"):
@@ -271,19 +277,26 @@ class _Reader:
         return self.wires.route(pairs)
 
 
-def census(module: hlo.Module, wires: Wires) -> Census:
-    """Census of one run of `module`. Transfers wait for those before them on the same links and block at their end."""
+def census(module: hlo.Module, wires: Wires, filled_rows: float = 1.0) -> Census:
+    """Census of one run of `module`. Transfers wait for those before them on the same links and block at their end.
+
+    filled_rows: share of the rows of grouped products that are computed; the others are room for the worst case.
+    """
     chip, reader = wires.topology.chip, _Reader(module, wires)
     records: list[tuple[_Collective, int, float]] = []  # collective, executions, exposed seconds of each
     totals = {"flops": 0.0, "hbm": 0.0, "compute": 0.0, "cycles": 0.0}
     kernels: dict[str, int] = {}
     unpriced = 0
 
+    def flops_of(computation: hlo.Computation, instruction: hlo.Instruction) -> float:
+        grouped = instruction.name.startswith("ragged-dot")
+        return hlo.flops(module, computation, instruction) * (filled_rows if grouped else 1)
+
     by_computation: dict[tuple[str, int], None] = {}
     for instruction, name, executions in hlo.scheduled(module):
         by_computation.setdefault((name, executions))
         computation = module.computations[name]
-        flops = hlo.flops(module, computation, instruction)
+        flops = flops_of(computation, instruction)
         traffic = hlo.hbm_traffic(module, computation, instruction)
         totals["flops"] += executions * flops
         totals["hbm"] += executions * traffic
@@ -313,7 +326,7 @@ def census(module: hlo.Module, wires: Wires) -> Census:
                 else:
                     records.append((collective, executions, finish - clock))
                     clock = finish
-            flops = hlo.flops(module, computation, instruction)
+            flops = flops_of(computation, instruction)
             traffic = hlo.hbm_traffic(module, computation, instruction)
             if instruction.name not in found or flops:
                 clock += max(flops / chip.peak_flops, traffic / chip.hbm_bandwidth)
@@ -346,7 +359,8 @@ def _transfers(reader: _Reader, computation: hlo.Computation) -> tuple[dict[str,
         if instruction.opcode.endswith("-done") and instruction.operands[0] in found:
             ends[instruction.name] = instruction.operands[0]
         elif collective := reader.collective(computation, instruction):
-            names = channels.setdefault(collective.channel, [])
+            # only what is fused has a channel of its own
+            names = channels.setdefault(collective.channel if instruction.opcode == "fusion" else instruction.name, [])
             names.append(instruction.name)
             if len(names) == 1:
                 found[instruction.name] = collective

@@ -97,7 +97,7 @@ def report(program: Program, path: Path) -> Report:
     else:
         memory = Memory(**artifact["memory"])
         wires = Wires(topology, artifact["mesh"], artifact["coordinates"])
-        found = census(hlo.parse(artifact["hlo"]), wires)
+        found = census(hlo.parse(artifact["hlo"]), wires, program.filled_rows)
         copies = tuple(Allocation(**copy) for copy in artifact["second_copies"])
     return Report(
         program=program,

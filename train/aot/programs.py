@@ -44,6 +44,14 @@ class Program:
     def config(self) -> ModelConfig:
         return load_config(self.model) if Path(self.model).exists() else load_preset(self.model)
 
+    @property
+    def filled_rows(self) -> float:
+        """Share of the rows of experts' buffers that hold a token when all experts are used alike."""
+        moe, devices = self.config.moe, dict(self.mesh).get("expert", 1)
+        if not moe or devices == 1:
+            return 1.0
+        return moe.top_k / (devices * min(moe.top_k, moe.num_experts // devices))
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 

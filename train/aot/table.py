@@ -34,13 +34,13 @@ TRAINING = (
     train("qwen2.5-7b", "v5p-8", 16, 4096, fsdp=8, remat="minimal"),
     train("qwen2.5-7b", "v5p-8", 8, 32768, fsdp=8),
     train("qwen2.5-32b", "v6e-64", 128, 4096, fsdp=32, tensor=2),
-    train("qwen2.5-32b", "v6e-64", 16, 32768, fsdp=16, tensor=4),
+    train("qwen2.5-32b", "v6e-64", 32, 32768, fsdp=32, tensor=2),
     train("qwen2.5-72b", "v5p-128", 128, 4096, fsdp=32, tensor=4, remat="dots"),
     train("qwen2.5-72b", "v5p-128", 32, 32768, fsdp=32, tensor=4),
     train("qwen2.5-72b", "v5e-256", 128, 4096, fsdp=64, tensor=4),
-    train("qwen2.5-72b", "v5e-256", 32, 32768, fsdp=32, tensor=8),
-    train("qwen2-57b-a14b", "v5p-64", 64, 4096, fsdp=8, expert=8),
-    train("qwen2-57b-a14b", "v5p-64", 16, 32768, fsdp=2, expert=8, context=4),
+    train("qwen2.5-72b", "v5e-256", 32, 32768, fsdp=32, tensor=4, context=2),
+    train("qwen2-57b-a14b", "v5p-64", 64, 4096, data=2, fsdp=4, expert=8),
+    train("qwen2-57b-a14b", "v5p-64", 16, 32768, data=2, expert=8, context=4),
 )
 
 # caches of 4096 slots a row, and on one v5e, where those do not fit, the next smaller power of two that does
