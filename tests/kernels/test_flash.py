@@ -152,7 +152,10 @@ def errors(
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.isfinite(a).all(), name
-        results[name] = float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-3))
+        # with one key to a query the softmax has no gradient: h products / sqrt(h) cancel, and what is left rounds so
+        cancels = name in ("dq", "dk") and seen.sum(axis=-1).max() <= 1
+        smallest = head_dim**0.5 if cancels else 1e-3
+        results[name] = float(np.abs(a - b).max() / max(np.abs(b).max(), smallest))
     return results
 
 

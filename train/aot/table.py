@@ -80,13 +80,13 @@ SECTIONS = {"Training": TRAINING, "Decoding": DECODING, "Beside MaxText": PEERS}
 
 
 def main(*, as_json: bool) -> int:
-    """Prints the table; exit status 1 when a row has a problem or does not fit."""
+    """Prints the table; exit status 1 when a row of ours has a problem or does not fit."""
     reports = {name: compile_rows(programs, name) for name, programs in SECTIONS.items()}
     if as_json:
         print(json.dumps({name: [r.as_json() for r in rows] for name, rows in reports.items()}, indent=2))
     else:
         print(markdown(reports))
-    return 1 if any(report.problems for rows in reports.values() for report in rows) else 0
+    return 1 if any(report.problems for name in ("Training", "Decoding") for report in reports[name]) else 0
 
 
 def compile_rows(programs: Sequence[Program], title: str) -> list[Report]:
