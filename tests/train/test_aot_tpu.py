@@ -17,17 +17,19 @@ from train.aot.programs import Program
 from train.aot.report import Report
 
 RECORDED = Path(__file__).parent / "aot_data" / "recorded.json"
-MODEL, MIXTURE = "qwen2.5-0.5b", "qwen1.5-moe-a2.7b"
+MODEL = "qwen2.5-7b"
 PROGRAMS = {
-    "train v5e fsdp": Program(MODEL, "v5e-4", "train", 4, 2048, (("fsdp", 4),)),
-    "train v6e fsdp tensor": Program(MODEL, "v6e-4", "train", 2, 4096, (("fsdp", 2), ("tensor", 2))),
-    "train v5p experts": Program(MIXTURE, "v5p-8", "train", 8, 1024, (("fsdp", 2), ("expert", 4))),
+    "train v5e fsdp": Program(MODEL, "v5e-16", "train", 16, 4096, (("fsdp", 16),)),
+    "train v6e fsdp tensor": Program(MODEL, "v6e-8", "train", 16, 4096, (("fsdp", 4), ("tensor", 2))),
+    "train v5p experts": Program(
+        "qwen2-57b-a14b", "v5p-64", "train", 64, 4096, (("data", 2), ("fsdp", 4), ("expert", 8))
+    ),
     "prefill v5p tensor": Program(MODEL, "v5p:2x2x1", "prefill", 4, 2048, (("data", 2), ("tensor", 2))),
-    "decode v5e": Program(MODEL, "v5e-1", "decode", 8, 4096),
-    "decode v6e int8 tensor": Program(MODEL, "v6e-4", "decode", 8, 4096, (("data", 2), ("tensor", 2)), weights="int8"),
+    "decode v5e int8": Program(MODEL, "v5e-1", "decode", 8, 4096, weights="int8"),
+    "decode v6e tensor": Program(MODEL, "v6e-4", "decode", 8, 4096, (("data", 2), ("tensor", 2))),
 }
 # one FSDP axis over a whole 3-D torus: the compiler gathers and sums with all-reduces
-TRAP = Program(MODEL, "v5p:4x4x4", "train", 64, 1024, (("fsdp", 64),))
+TRAP = Program("qwen2.5-0.5b", "v5p:4x4x4", "train", 64, 1024, (("fsdp", 64),))
 # a figure may be this much larger than the recorded one
 TOLERANCE = 1.05
 

@@ -82,7 +82,7 @@ class Compiler:
     def _stop(self) -> None:
         if self._process:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()  # which closes the pipes
         self._process = None
 
 
