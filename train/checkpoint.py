@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ class Checkpoints:
         self.folder, self._say = folder.absolute(), say
         self._keep = keep
         self._failed = self._begun = False
-        # both print whole stack traces of what is reported here in one sentence
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # they print whole stack traces of what is reported here in one sentence, some while the process ends
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         self._hook, sys.unraisablehook = sys.unraisablehook, _quiet_hook
         self._open()
 
