@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps((_ours if side == "ours" else _transformers)(folder, dtype, int(repetitions))))
         return 0
     options = tyro.cli(Arguments, args=argv, prog="python -m bench.cpu")
-    from qwen_jax.weights.checkpoint import open_checkpoint
     from qwen_jax.weights.export import save_hf
+    from qwen_jax.weights.open import open_checkpoint
 
     rates: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -4,8 +4,8 @@ Command: qwen-jax data tokenizer corpus:english corpus:python --vocab-size 2048 
          qwen-jax train long_context_tiny
 Hardware: 2 CPU cores, 1 GiB of memory.
 Time: 0.31 s a step where nothing else runs, and so 23 minutes.
-Result (2026-11-21): held-out loss 2.64 nats per token; perplexity by length in docs/long-context.md. Of that run the first
-2,660 steps were made under a schedule of 6,000, the others under this one, a little lower.
+Result (2026-11-21): held-out loss 2.64 nats per token; perplexity by length in docs/long-context.md. Of that run
+the first 2,660 steps were made under a schedule of 6,000, the others under this one, a little lower.
 """
 
 from pathlib import Path

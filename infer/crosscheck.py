@@ -116,7 +116,8 @@ def _random_reports(options: Crosscheck, say: Callable[[str], None]) -> Iterator
 def _real_report(options: Crosscheck, say: Callable[[str], None]) -> Report:
     from infer.parity_texts import TEXTS
     from qwen_jax.tokenizer import load_tokenizer
-    from qwen_jax.weights.checkpoint import TensorCheckpoint, open_checkpoint
+    from qwen_jax.weights.checkpoint import TensorCheckpoint
+    from qwen_jax.weights.open import open_checkpoint
 
     checkpoint = open_checkpoint(options.model)
     if not isinstance(checkpoint, TensorCheckpoint):

@@ -87,7 +87,11 @@ def negative_log_likelihood(params: Params, tokens: jax.Array, first: jax.Array,
         wanted = lax.dynamic_slice_in_dim(targets, start, piece, axis=1)
         index = start + jnp.arange(piece) + 1  # of the target
         counts = jnp.broadcast_to((index >= first) & (index < length), wanted.shape)
-        return total + jnp.sum(jnp.where(counts, _token_nll(config, params, hidden, wanted), 0.0), axis=1)
+
+        def score() -> jax.Array:
+            return jnp.sum(jnp.where(counts, _token_nll(config, params, hidden, wanted), 0.0), axis=1)
+
+        return total + lax.cond(jnp.any(counts), score, lambda: jnp.zeros(batch))  # logits only where they are needed
 
     return read_in_pieces(config, params, tokens, cache, visit, jnp.zeros(batch), piece=piece)[1]
 

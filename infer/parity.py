@@ -23,9 +23,9 @@ from infer.torch_reference import Trace
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers.moe import load_balancing_loss
 from qwen_jax.model import Params, forward, unembed, unstack
-from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.load import get_leaf, load_params
 from qwen_jax.weights.names import leaves
+from qwen_jax.weights.open import open_checkpoint
 
 # Limits of float32. They are not loosened to pass: where one does not hold, there is a cause.
 # A float32 sum of n terms is off by about sqrt(n) * 6e-8; products of 1,000 to 5,000 terms, seven per layer, over 24

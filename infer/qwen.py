@@ -23,9 +23,9 @@ from qwen_jax.errors import InputError
 from qwen_jax.model import Params, param_shardings, unstack
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.tokenizer import Tokenizer, check_tokenizer
-from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.default_model import cache_folder
 from qwen_jax.weights.load import load_params
+from qwen_jax.weights.open import open_checkpoint
 
 # Tokens between two looks at what the device has produced, while somebody reads along.
 STREAM_STEPS = 4

@@ -13,8 +13,8 @@ def main(rank: int, num_processes: int, address: str, source: Path, destination:
 
     from qwen_jax.model import param_shardings
     from qwen_jax.sharding import MeshConfig, activation_sharding, make_mesh
-    from qwen_jax.weights.checkpoint import open_checkpoint
     from qwen_jax.weights.load import load_params
+    from qwen_jax.weights.open import open_checkpoint
     from tests.test_multiprocess import MESH, batch, step
 
     checkpoint = open_checkpoint(source)

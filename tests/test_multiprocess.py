@@ -14,8 +14,8 @@ import numpy as np
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import forward, init, param_shardings, unembed
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.load import ParamsCheckpoint, load_params
+from qwen_jax.weights.open import open_checkpoint
 from qwen_jax.weights.orbax import save_orbax
 from tests.infer.tiny import CONFIG, save_folder
 

@@ -213,7 +213,7 @@ def _join(processes: ProcessesConfig) -> None:
 
 def _base(config: TrainConfig) -> Checkpoint | None:
     """What `model` names; None where random weights need only its tokenizer and it is a folder with nothing else."""
-    from qwen_jax.weights.checkpoint import open_checkpoint
+    from qwen_jax.weights.open import open_checkpoint
 
     folder = Path(config.model)
     if (config.preset or config.architecture) and folder.is_dir() and not (folder / "config.json").exists():
@@ -373,9 +373,9 @@ def _write_weights(
     import ml_dtypes
     import orbax.checkpoint as ocp
 
-    from qwen_jax.weights.checkpoint import open_checkpoint
     from qwen_jax.weights.export import save_hf, write_config
     from qwen_jax.weights.load import ParamsCheckpoint
+    from qwen_jax.weights.open import open_checkpoint
 
     final = (config.out / "final").absolute()
     # a layer to a chunk: who reads one layer, as the export does, need not read all

@@ -18,8 +18,9 @@ import tyro
 
 from qwen_jax.config import MoeConfig
 from qwen_jax.errors import InputError
-from qwen_jax.weights.checkpoint import Checkpoint, Index, open_checkpoint
+from qwen_jax.weights.checkpoint import Checkpoint, Index
 from qwen_jax.weights.names import leaves
+from qwen_jax.weights.open import open_checkpoint
 
 _MODEL_TYPES = {"qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
 _PERMUTATION, _DRAW, _ROUTER = range(3)  # streams of random numbers

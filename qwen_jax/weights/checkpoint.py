@@ -8,18 +8,15 @@ import functools
 import itertools
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 
-from qwen_jax.config import ModelConfig, load_config
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.weights import gguf
 from qwen_jax.weights.names import Leaf, Style, leaves
 from qwen_jax.weights.stored import PLAIN_DTYPES, StoredTensor
 
@@ -84,35 +81,6 @@ class Checkpoint(abc.ABC):
         """Puts the tokenizer's files and generation_config.json into `folder`, as far as there are any."""
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Opens "default" (the default model), a local folder, a .gguf file, or a Hugging Face id like "Qwen/Qwen2.5-0.5B".
-
-    A folder holds config.json beside safetensors or pytorch_model.bin files (single or with an index), or is an Orbax
-    checkpoint that we wrote. Weights are checked against the configuration but not read. Raises InputError when the
-    model does not exist, is incomplete, or its tensors do not match its configuration.
-    """
-    path = Path(model)
-    if str(model) == "default":
-        from qwen_jax.weights.default_model import default_model
-
-        path = default_model()
-    elif not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or path.suffix == ".gguf":
-            raise InputError(
-                f"{model} does not exist; give a model folder, a .gguf file, 'default' or an id like Qwen/Qwen2-0.5B."
-            )
-        path = _download(str(model))
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"{path} is a file but not a .gguf; give the folder that holds it.")
-        return GgufCheckpoint(path)
-    if (path / "_METADATA").exists():
-        from qwen_jax.weights.orbax import OrbaxCheckpoint
-
-        return OrbaxCheckpoint(path)
-    return _open_folder(path)
-
-
 class TensorCheckpoint(Checkpoint):
     """Tensors in files under Hugging Face, Qwen1 or GGUF names. Raises InputError unless they are just the model's."""
 
@@ -134,10 +102,10 @@ class TensorCheckpoint(Checkpoint):
         names = {leaf.path: [leaf.tensor.format(*index) for index in leaf.indices()] for leaf in self.leaves}
         used = set(itertools.chain.from_iterable(names.values()))
         if missing := [name for name in used if name not in tensors]:
-            raise InputError(f"{source} lacks the tensor {_first_of(missing)}; it is incomplete, download it again.")
+            raise InputError(f"{source} lacks the tensor {first_of(missing)}; it is incomplete, download it again.")
         if extra := [name for name in tensors if name not in used]:
             raise InputError(
-                f"{source} holds the tensor {_first_of(extra)}, which is not part of a {config.model_type}."
+                f"{source} holds the tensor {first_of(extra)}, which is not part of a {config.model_type}."
             )
         self._tensors: dict[str, StoredTensor] = {}
         self.dtypes = {}
@@ -176,7 +144,8 @@ class TensorCheckpoint(Checkpoint):
         copy_assets(self.source, folder)
 
 
-def _first_of(names: Sequence[str]) -> str:
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names and how many more there are, for a sentence."""
     return min(names) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
@@ -210,138 +179,3 @@ def blocks(shape: Sequence[int], itemsize: int) -> Iterator[Index]:
     starts = [range(0, n, step) for n, step in zip(shape, steps, strict=True)]
     for corner in itertools.product(*starts):
         yield tuple(slice(a, min(a + s, n)) for a, s, n in zip(corner, steps, shape, strict=True))
-
-
-# --- Hugging Face folders ---------------------------------------------------------------------------------------------
-
-
-def _open_folder(folder: Path) -> TensorCheckpoint:
-    config = load_config(folder)
-    tensors = _folder_tensors(folder)
-    # buffers that old files store; both are functions of the configuration
-    tensors = {k: v for k, v in tensors.items() if not k.endswith((".rotary_emb.inv_freq", ".attn.masked_bias"))}
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        embedding = leaves(config, "hf")[0].tensor
-        if embedding in tensors and not _equal(tensors[embedding], tensors["lm_head.weight"]):
-            # the head was trained apart from the embedding, so it counts
-            config = dataclasses.replace(config, tie_word_embeddings=False)
-        else:
-            del tensors["lm_head.weight"]
-    return TensorCheckpoint(folder, config, tensors, "hf", hf_extra=read_hf_extra(folder))
-
-
-def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:
-    from qwen_jax.weights.torch_bin import read_torch_bin
-
-    for stem, suffix, read in (("model", "safetensors", read_safetensors), ("pytorch_model", "bin", read_torch_bin)):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.exists():
-            return _sharded(index, read)
-        if (folder / f"{stem}.{suffix}").exists():
-            return read(folder / f"{stem}.{suffix}")
-    raise InputError(
-        f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin, an index of either, or our Orbax."
-    )
-
-
-def _sharded(index: Path, read: Any) -> dict[str, StoredTensor]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError):
-        raise InputError(f"{index} is not a valid index of shards; download it again.") from None
-    shards = sorted(set(weight_map.values()))
-    if missing := [name for name in shards if not (index.parent / name).exists()]:
-        raise InputError(f"{index.parent} lacks the shard {_first_of(missing)} named in {index.name}; download it.")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        tensors |= read(index.parent / shard)
-    return tensors
-
-
-def _equal(a: StoredTensor, b: StoredTensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    step = max(1, BLOCK_BYTES // (4 * a.shape[1]))
-    for start in range(0, a.shape[0], step):
-        stop = min(start + step, a.shape[0])
-        (_, _, x), (_, _, y) = next(a.rows(start, stop)), next(b.rows(start, stop))
-        if not np.array_equal(x, y):
-            return False
-    return True
-
-
-def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by name. Raises InputError when it is damaged or truncated."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise InputError(f"{path} is damaged or truncated ({size} bytes); download it again.")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path} is damaged: its header is not a safetensors header; download it again.") from None
-    tensors = {}
-    for name, dtype, shape, begin, end in entries:
-        tensors[name] = tensor = StoredTensor(path, 8 + length + begin, shape, dtype)
-        if tensor.num_bytes != end - begin:
-            raise InputError(f"{path} is damaged: tensor {name} has not the bytes of its shape; download it again.")
-        if tensor.offset + tensor.num_bytes > size:
-            raise InputError(
-                f"{path} is truncated: tensor {name} ends at byte {tensor.offset + tensor.num_bytes}, "
-                f"but the file has {size}; download it again."
-            )
-    return tensors
-
-
-def _download(repo: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["*.json", "*.txt", "*.tiktoken", "*.jinja", "*.py"]
-    try:
-        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*patterns, "*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):
-            huggingface_hub.snapshot_download(repo, allow_patterns=[*patterns, "*.bin"])
-        return folder
-    except RepositoryNotFoundError:
-        reason = "Hugging Face has no such public model"
-    except LocalEntryNotFoundError:
-        reason = "Hugging Face cannot be reached and it is not in the local cache"
-    except Exception as error:  # the library under huggingface_hub, and so what it raises, differs by version
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    raise InputError(f"{repo} is not a local path, and cannot be downloaded: {reason}; check name and connection.")
-
-
-# --- GGUF -------------------------------------------------------------------------------------------------------------
-
-
-class GgufCheckpoint(TensorCheckpoint):
-    """A GGUF file; converted to bfloat16 by default, the dtype that its weights were quantised from."""
-
-    def __init__(self, path: Path) -> None:
-        self._metadata, tensors = gguf.read_gguf(path)
-        try:
-            config = gguf.config_from_gguf(self._metadata, tensors)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-        ids = {key: self._metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in keys.items()}
-        ids = {key: id for key, id in ids.items() if id is not None}
-        super().__init__(path, config, tensors, "gguf", hf_extra=ids, dtype=np.dtype(ml_dtypes.bfloat16))
-
-    def tokenizer(self) -> Tokenizer:
-        from qwen_jax.tokenizer import Tokenizer
-
-        return Tokenizer.from_gguf_metadata(self._metadata)
-
-    def generation_config(self) -> dict[str, Any]:
-        return gguf.generation_config(self.config, self._metadata)
-
-    def write_assets(self, folder: Path) -> None:
-        if "tokenizer.ggml.model" in self._metadata:
-            self.tokenizer().save(folder)
-        if generation := self.generation_config():
-            (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")

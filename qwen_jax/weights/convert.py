@@ -32,7 +32,7 @@ def main(args: Sequence[str]) -> int:
     import numpy as np
 
     from qwen_jax.errors import InputError
-    from qwen_jax.weights.checkpoint import open_checkpoint
+    from qwen_jax.weights.open import open_checkpoint
 
     if options.dst.exists():  # before a source may have to be downloaded
         raise InputError(f"{options.dst} already exists; choose another folder, or remove it first.")

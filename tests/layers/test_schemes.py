@@ -24,8 +24,8 @@ def test_far_beyond_the_original_length(model_type, scaling: RopeScaling, logn: 
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from infer import parity, torch_reference
-    from qwen_jax.weights.checkpoint import open_checkpoint
     from qwen_jax.weights.load import load_params
+    from qwen_jax.weights.open import open_checkpoint
 
     base = torch_reference.variants(model_type)["plain"].config
     config = dataclasses.replace(base, rope_scaling=scaling, logn_trained_length=logn, max_position_embeddings=512)

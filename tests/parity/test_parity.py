@@ -19,8 +19,8 @@ from qwen_jax.config import MODEL_TYPES, ModelConfig, load_config  # noqa: E402
 from qwen_jax.layers import attention  # noqa: E402
 from qwen_jax.layers.moe import load_balancing_loss  # noqa: E402
 from qwen_jax.model import forward, unstack  # noqa: E402
-from qwen_jax.weights.checkpoint import open_checkpoint  # noqa: E402
 from qwen_jax.weights.load import load_params  # noqa: E402
+from qwen_jax.weights.open import open_checkpoint  # noqa: E402
 
 NUM_TOKENS = 520  # more than a block of queries, so that a rotation or a mask that is slightly wrong shows
 PROMPTS = [folded(text, 512) for text in TEXTS]

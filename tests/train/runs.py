@@ -101,7 +101,7 @@ def losses(out: Path) -> dict[int, float]:
 
 
 def final_weights(out: Path) -> dict[str, np.ndarray]:
-    from qwen_jax.weights.checkpoint import open_checkpoint
+    from qwen_jax.weights.open import open_checkpoint
 
     return {
         path: np.asarray(leaf) for path, leaf in flatten(load_params(open_checkpoint(out / "final"), progress=False))

@@ -8,7 +8,7 @@ import pytest
 
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer
-from qwen_jax.weights.checkpoint import open_checkpoint
+from qwen_jax.weights.open import open_checkpoint
 from tests.train.data_tools import write_jsonl
 from tests.train.runs import MODEL, make_run
 from train.config import load_experiment

@@ -17,9 +17,9 @@ import pytest
 
 from qwen_jax.errors import InputError
 from qwen_jax.weights import _files
-from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.convert import main
 from qwen_jax.weights.names import leaves
+from qwen_jax.weights.open import open_checkpoint
 from tests.weights.test_hf import make
 from tests.weights.tiny import HF_COMMON, assert_bit_equal, model_config, read_state
 

@@ -11,9 +11,9 @@ import pytest
 
 from qwen_jax.config import LinearScaling, YarnScaling
 from qwen_jax.errors import InputError
-from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.gguf import read_metadata
 from qwen_jax.weights.load import flatten, load_params
+from qwen_jax.weights.open import open_checkpoint
 from tests.weights.tiny import BF16, HF_CONFIGS, QWEN1_CONFIG, hf_state, model_config, qwen1_state, write_folder
 
 gguf = pytest.importorskip("gguf")

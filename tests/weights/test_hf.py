@@ -11,9 +11,9 @@ import pytest
 
 from qwen_jax.errors import InputError
 from qwen_jax.weights import checkpoint as checkpoint_module
-from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.export import save_hf
 from qwen_jax.weights.load import ParamsCheckpoint, flatten, load_params
+from qwen_jax.weights.open import open_checkpoint
 from tests.weights.tiny import (
     BF16,
     HF_CONFIGS,

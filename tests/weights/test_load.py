@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_jax import model
 from qwen_jax.errors import InputError
-from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.load import ParamsCheckpoint, load_params
+from qwen_jax.weights.open import open_checkpoint
 from tests.weights.test_hf import make
 from tests.weights.tiny import HF_CONFIGS
 

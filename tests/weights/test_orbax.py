@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_jax.errors import InputError
 from qwen_jax.weights import checkpoint as checkpoint_module
-from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.export import save_hf
 from qwen_jax.weights.load import ParamsCheckpoint, load_params
+from qwen_jax.weights.open import open_checkpoint
 from qwen_jax.weights.orbax import save_orbax
 from tests.weights.test_hf import ALL, DTYPES, make
 from tests.weights.tiny import assert_bit_equal, read_state

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.export import save_hf
 from qwen_jax.weights.load import ParamsCheckpoint, load_params
+from qwen_jax.weights.open import open_checkpoint
 from qwen_jax.weights.orbax import save_orbax
 from tests.weights.tiny import HF_CONFIGS, assert_bit_equal, read_state
 

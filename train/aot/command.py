@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 import tyro
@@ -15,8 +13,6 @@ import tyro
 from qwen_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from qwen_jax.sharding import MeshConfig
     from train.aot.programs import Program
 
@@ -55,7 +51,7 @@ class Compile:
     search: bool = False
     """try meshes, rematerialisation and batch sizes for the slice, and rank those that fit; seconds each"""
     table: bool = False
-    """print the table of docs/tpu.md; what is not in the cache yet is compiled, for hours on few cores"""
+    """print the table of docs/tpu.md; what is not in the cache yet is compiled, half an hour on one core"""
     json: bool = False
     """print JSON; sizes in bytes, times in seconds"""
 
@@ -73,7 +69,7 @@ def main(argv: list[str]) -> int:
 
         return search(program, as_json=options.json)
     from train.aot.compiler import Compiler
-    from train.aot.report import print_report
+    from train.aot.report import console, print_report, progress
 
     with progress() as say, Compiler() as compiler:
         result = compiler(program, say=say)
@@ -128,28 +124,3 @@ def default_mesh(program: Program, num_devices: int) -> MeshConfig:
             check_divides(config, sizes)
             return MeshConfig(**sizes)
     raise AssertionError("tensor=1 divides every model")
-
-
-def console() -> Console:
-    """Standard output, wide enough for whole rows where it is not a terminal."""
-    from rich.console import Console
-
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(width=200, highlight=False)
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """Shows on stderr what is being done and since when: one changing line, or in a pipe one line each."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    out = Console(stderr=True)
-    if not out.is_terminal:
-        started = time.monotonic()
-        yield lambda stage: out.print(f"{time.monotonic() - started:5.0f} s  {stage}", markup=False, highlight=False)
-        return
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=out, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda stage: bar.update(task, description=stage)

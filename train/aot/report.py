@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from train.aot import flops
@@ -287,3 +290,28 @@ def print_report(report: Report, console: Console) -> None:
         numbers = f"{c.count:,}", f"{c.bytes_sent / 1e9:.3f}", seconds(c.link_seconds), hidden
         table.add_row(c.kind, " ".join(c.axes), *numbers, f"{c.largest} {short_name(c.source)}".rstrip())
     console.print(table)
+
+
+def console() -> Console:
+    """Standard output, wide enough for whole rows where it is not a terminal."""
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(width=200, highlight=False)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Shows on stderr what is being done and since when: one changing line, or in a pipe one line each."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    out = Console(stderr=True)
+    if not out.is_terminal:
+        started = time.monotonic()
+        yield lambda stage: out.print(f"{time.monotonic() - started:5.0f} s  {stage}", markup=False, highlight=False)
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda stage: bar.update(task, description=stage)

@@ -171,8 +171,7 @@ def main(base: Program, *, as_json: bool) -> int:
     """Prints the candidates that fit, the fastest first; exit status 1 when none does."""
     from rich.table import Table
 
-    from train.aot.command import console, progress
-    from train.aot.report import gib, seconds
+    from train.aot.report import console, gib, progress, seconds
 
     topology = parse_target(base.target)
     capacity = topology.chip.hbm_bytes
