@@ -79,7 +79,7 @@ def negative_log_likelihood(params: Params, tokens: jax.Array, first: jax.Array,
     lengths = jnp.full(batch, length, jnp.int32)
     stacked = not isinstance(params["layers"], tuple)
     dtype = params["embed"]["embedding"].dtype
-    cache_dtype = Backend.of(jax.default_backend(), dtype).cache_dtype or dtype
+    cache_dtype = Backend.of(jax.default_backend()).cache_dtype or dtype
     cache = empty_cache(config, batch, length, cache_dtype, stacked=stacked, prompt_lengths=lengths)
     targets = jnp.pad(tokens[:, 1:], [(0, 0), (0, piece)])
 

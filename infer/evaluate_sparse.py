@@ -86,7 +86,7 @@ def _read(params: Params, tokens: jax.Array, *, config: ModelConfig, piece: int)
     """Keys and values of a text [1, N], densely read, and what entered each layer for the last `piece` tokens."""
     length = tokens.shape[1]
     dtype = params["embed"]["embedding"].dtype
-    cache_dtype = Backend.of(jax.default_backend(), dtype).cache_dtype or dtype
+    cache_dtype = Backend.of(jax.default_backend()).cache_dtype or dtype
     lengths = jnp.full(1, length, jnp.int32)
     cache = empty_cache(config, 1, length, cache_dtype, stacked=False, prompt_lengths=lengths)
     cache, _ = read_in_pieces(config, params, tokens, cache, lambda nothing, *_: nothing, jnp.zeros(()), piece=piece)

@@ -39,10 +39,10 @@ class Backend:
     min_decode_rows: int
 
     @classmethod
-    def of(cls, platform: str, dtype: DTypeLike) -> Backend:
+    def of(cls, platform: str) -> Backend:
         if platform == "cpu":
-            # XLA:CPU copies a whole bfloat16 cache to update it, and multiplies a single bfloat16 row without AMX
-            return cls(cache_dtype=jnp.dtype(jnp.float32), min_decode_rows=2 if dtype == jnp.bfloat16 else 1)
+            # XLA:CPU copies a whole bfloat16 cache to update it
+            return cls(cache_dtype=jnp.dtype(jnp.float32), min_decode_rows=1)
         # a TPU's matrix unit works on 8 rows at a time
         return cls(cache_dtype=None, min_decode_rows=8 if platform == "tpu" else 1)
 
@@ -99,7 +99,7 @@ class Qwen:
         self.mesh = mesh
         self.generation_config = dict(generation_config or {})
         self.params = params if isinstance(params["layers"], tuple) else unstack(params)
-        self.backend = Backend.of(jax.default_backend(), self.params["embed"]["embedding"].dtype)
+        self.backend = Backend.of(jax.default_backend())
         self._generation = chat.generation_of(config, tokenizer)
         self.chat_template = tokenizer.chat_template or chat.default_template(self._generation)
 

@@ -42,13 +42,22 @@ def _product(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     num_out, num_batch = kernel.ndim - num_in, x.ndim - num_in
     out_shape, batch_shape = kernel.shape[:num_out], x.shape[:num_batch]
-    if math.prod(batch_shape) > FEW_ROWS:
+    num_rows = math.prod(batch_shape)
+    if num_rows > FEW_ROWS and current_mesh() is not None:
         # axes stay apart: rows and sequence may be split over different axes of a mesh
         contract = (tuple(range(num_batch, x.ndim)), tuple(range(num_out, kernel.ndim)))
         return lax.dot_general(x, kernel, (contract, ((), ())), preferred_element_type=dtype), (kernel, x)
-    matrix = kernel.reshape(math.prod(out_shape), -1)  # [out, in]
-    rows = x.reshape(math.prod(batch_shape), -1)  # [rows, in]
-    y = lax.dot_general(matrix, rows, (((1,), (1,)), ((), ())), preferred_element_type=dtype).T
+    matrix = kernel.reshape(math.prod(out_shape), -1)  # [out, in]; of three axes XLA:CPU would make a copy
+    rows = x.reshape(num_rows, -1)  # [rows, in]
+    multiply = functools.partial(
+        lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), preferred_element_type=dtype
+    )
+    if num_rows > FEW_ROWS:
+        y = multiply(rows, matrix)
+    else:
+        if num_rows == 1 and x.dtype == jnp.bfloat16 and target_platform() == "cpu":
+            rows = jnp.broadcast_to(rows, (2, rows.shape[1]))  # XLA:CPU converts the kernel for a single one
+        y = multiply(matrix, rows)[:, :num_rows].T
     return y.reshape(*batch_shape, *out_shape), (kernel, x)
 
 

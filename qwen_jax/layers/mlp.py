@@ -2,9 +2,15 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from qwen_jax.layers.linear import Linear
 from qwen_jax.sharding import constrain
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, computed in float32 and returned in gate's dtype."""
+    return (nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 class Mlp(nn.Module):
@@ -20,7 +26,7 @@ class Mlp(nn.Module):
         def widen(name: str) -> Linear:
             return Linear((self.features,), (self.hidden_size,), ("mlp",), ("embed",), std=self.std, name=name)
 
-        hidden = nn.silu(widen("gate")(x)) * widen("up")(x)  # [B, T, F]
+        hidden = swiglu(widen("gate")(x), widen("up")(x))  # [B, T, F]
         hidden = constrain(hidden, "batch", "sequence", "mlp")
         down = Linear((self.hidden_size,), (self.features,), ("embed",), ("mlp",), std=self.down_std, name="down")
         return down(hidden)

@@ -10,7 +10,7 @@ from jax import lax
 
 from qwen_jax.config import MoeConfig
 from qwen_jax.layers.linear import Linear, product_dtype
-from qwen_jax.layers.mlp import Mlp
+from qwen_jax.layers.mlp import Mlp, swiglu
 from qwen_jax.layers.sharded_experts import NARROW, WIDE, sharded_experts
 from qwen_jax.sharding import constrain, current_mesh
 
@@ -49,7 +49,7 @@ def expert_mlp(rows: jax.Array, group_sizes: jax.Array, kernels: tuple[jax.Array
         return lax.ragged_dot_general(x, kernel, group_sizes, _GROUPED, preferred_element_type=dtype)
 
     gate, up, down = kernels
-    return grouped(nn.silu(grouped(rows, gate).astype(rows.dtype)) * grouped(rows, up).astype(rows.dtype), down)
+    return grouped(swiglu(grouped(rows, gate).astype(rows.dtype), grouped(rows, up).astype(rows.dtype)), down)
 
 
 def routed(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: tuple[jax.Array, ...]) -> jax.Array:

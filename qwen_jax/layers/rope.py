@@ -150,6 +150,8 @@ def dual_chunk_scale(chunk: DualChunk, positions: jax.Array, lengths: jax.Array 
 def rotate(x: jax.Array, tables: Tables) -> jax.Array:
     """Rotates the halves of each head, [B, T, heads, h], in float32; never the interleaved layout."""
     cos, sin = (table[:, :, None, :] for table in tables)  # [B, T, 1, h/2]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    # as wide as a head: from halves XLA:CPU would compute the sines again in every layer
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    wide = x.astype(jnp.float32)
+    rotated = wide * cos + jnp.roll(wide, x.shape[-1] // 2, axis=-1) * sin
     return rotated.astype(x.dtype)
