@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.train.runs import command, environment
 from train.config import load_experiment
 from train.data.sources import open_source
-from train.trainer import train
 
 LENGTH = 256
 
@@ -47,10 +47,13 @@ def their_loss(folder: Path, windows: int = 4) -> float:
 
 
 @pytest.mark.slow
-def test_perplexity_falls_and_is_the_same_in_transformers(tmp_path):
-    config, _ = load_experiment("continue_demo")
-    config = dataclasses.replace(config, steps=4, eval_data=None, out=tmp_path / "out", export=tmp_path / "hf")
-    assert train(config) == 0
-    ours, theirs, before = our_loss(tmp_path / "hf"), their_loss(tmp_path / "hf"), our_loss("default")
+def test_perplexity_falls_and_is_the_same_in_transformers(tmp_path: Path) -> None:
+    out, exported = str(tmp_path / "out"), str(tmp_path / "hf")
+    arguments = ["--steps", "4", "--eval-batches", "1", "--out", out, "--export", exported]
+    trained = subprocess.run(
+        command(Path("continue_demo"), *arguments), env=environment(tmp_path / "run"), stderr=subprocess.PIPE, text=True
+    )
+    assert trained.returncode == 0, trained.stderr
+    ours, theirs, before = our_loss(exported), their_loss(tmp_path / "hf"), our_loss("default")
     assert math.isclose(ours, theirs, rel_tol=1e-5)
     assert ours < before
