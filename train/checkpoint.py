@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ class Checkpoints:
         for logger in ("absl", "asyncio"):
             logging.getLogger(logger).setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        self._hook, sys.unraisablehook = sys.unraisablehook, _quiet_hook
+        sys.unraisablehook = _quiet_hook
         self._open()
 
     def _open(self) -> None:
@@ -82,7 +83,6 @@ class Checkpoints:
         """Waits for the last checkpoint. Raises InputError if it could not be written."""
         self.finish()
         self._manager.close()
-        sys.unraisablehook = self._hook
         if self._failed:
             raise InputError(
                 f"the last checkpoint could not be written, and {self._latest()}; free some space, then run the same "
@@ -159,8 +159,8 @@ class Checkpoints:
 
 
 def _quiet_hook(unraisable: sys.UnraisableHookArgs) -> None:
-    """Not a word of TensorStore's further writes, which find asyncio's loop closed after the first has failed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Not a word of the other reads and writes under way, which Orbax drops when one has failed, or of their loop."""
+    if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
