@@ -160,7 +160,9 @@ class Checkpoints:
 
 def _quiet_hook(unraisable: sys.UnraisableHookArgs) -> None:
     """Not a word of the other reads and writes under way, which Orbax drops when one has failed, or of their loop."""
-    if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != "Event loop is closed":
+    dropped = unraisable.object
+    of_orbax = inspect.iscoroutine(dropped) and "orbax" in dropped.cr_code.co_filename
+    if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 

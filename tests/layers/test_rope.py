@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from qwen_jax.layers.rope import (
     rotary_tables,
     yarn_attention_factor,
 )
+from qwen_jax.model import forward, init, unstack
 from qwen_jax.presets import load_preset
 from tests.infer import tiny
 
@@ -194,3 +196,12 @@ def test_dual_chunk_scales_queries_and_keys():
     assert len(rotary.query) == 3
     for cos, sin in (*rotary.query, rotary.key):
         np.testing.assert_allclose(np.sqrt(cos**2 + sin**2), 1 + 0.1 * math.log(1010000 / 4096), rtol=1e-6)
+
+
+def test_sines_are_computed_once_for_all_layers() -> None:
+    params = unstack(init(tiny.CONFIG, jax.random.key(0)))
+    assert len(params["layers"]) > 1
+    tokens = jnp.zeros((1, 64), jnp.int32)
+    program = jax.jit(lambda params, tokens: forward(tiny.CONFIG, params, tokens).hidden)
+    text = program.lower(params, tokens).compile().as_text()
+    assert text.count(" sine(") == text.count(" cosine(") == 1
