@@ -19,6 +19,7 @@ import numpy as np
 
 from infer import torch_reference
 from infer.decode import MAX_STEPS, bucket, decode, pad_prompts, prefill
+from infer.qwen import Backend
 from infer.torch_reference import Trace
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers.moe import load_balancing_loss
@@ -147,7 +148,9 @@ def _check_bfloat16(path: Path, tokens: np.ndarray, say: Say) -> tuple[list[Meas
 
     say("JAX reads the weights")
     checkpoint = open_checkpoint(path)
+    # as it is served
     params = load_params(checkpoint, jnp.bfloat16, progress=False)
+    params = unstack(params, Backend.of(jax.default_backend()).mlp_in_parts)
     say(f"JAX runs {tokens.shape[1]} tokens in bfloat16")
     found = trace(checkpoint.config, params, tokens)
     theirs, their_depth = compare_traces(exact, rounded, label="PyTorch bfloat16")

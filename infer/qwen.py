@@ -37,12 +37,13 @@ class Backend:
 
     cache_dtype: DTypeLike | None  # None: as the activations
     min_decode_rows: int
+    mlp_in_parts: bool = False  # of bfloat16
 
     @classmethod
     def of(cls, platform: str) -> Backend:
         if platform == "cpu":
             # XLA:CPU copies a whole bfloat16 cache to update it
-            return cls(cache_dtype=jnp.dtype(jnp.float32), min_decode_rows=1)
+            return cls(cache_dtype=jnp.dtype(jnp.float32), min_decode_rows=1, mlp_in_parts=True)
         # a TPU's matrix unit works on 8 rows at a time
         return cls(cache_dtype=None, min_decode_rows=8 if platform == "tpu" else 1)
 
@@ -98,8 +99,11 @@ class Qwen:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.generation_config = dict(generation_config or {})
-        self.params = params if isinstance(params["layers"], tuple) else unstack(params)
         self.backend = Backend.of(jax.default_backend())
+        if not isinstance(params["layers"], tuple):
+            in_parts = self.backend.mlp_in_parts and mesh is None and params["embed"]["embedding"].dtype == jnp.bfloat16
+            params = unstack(params, in_parts)
+        self.params = params
         self._generation = chat.generation_of(config, tokenizer)
         self.chat_template = tokenizer.chat_template or chat.default_template(self._generation)
 

@@ -164,9 +164,10 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpe
     """`attend` as the formula has it, all scores at once: what every other implementation must equal."""
     scores = jnp.where(spec.mask()[:, None, None], _scores(q, k, spec), jnp.finfo(jnp.float32).min)
     largest = lax.stop_gradient(jnp.max(scores, axis=-1))
-    weights = jnp.exp(scores - largest[..., None])
+    weights = jnp.exp(scores - largest[..., None]).astype(v.dtype)  # rounded before the sum, which is theirs
+    total = jnp.sum(weights, axis=-1, dtype=jnp.float32)
     # normalised after the second product, which has fewer elements than the weights
-    return _normalised(_weighted(weights, v), jnp.sum(weights, axis=-1), largest, q.dtype)
+    return _normalised(_weighted(weights, v), total, largest, q.dtype)
 
 
 def _attend_by_key_blocks(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
@@ -194,9 +195,9 @@ def _attend_by_key_blocks(q: jax.Array, k: jax.Array, v: jax.Array, spec: Attent
             scores = jnp.where(seen, _scores(q, cut(k, 2), here), jnp.finfo(jnp.float32).min)
             highest = jnp.maximum(largest, jnp.max(scores, axis=-1))
             shrink = jnp.exp(largest - highest)
-            weights = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0.0)
+            weights = jnp.where(seen, jnp.exp(scores - highest[..., None]), 0.0).astype(v.dtype)
             out = out * shrink[..., None] + _weighted(weights, cut(v, 2))
-            return out, total * shrink + jnp.sum(weights, axis=-1), highest
+            return out, total * shrink + jnp.sum(weights, axis=-1, dtype=jnp.float32), highest
 
         in_sight = (jnp.min(here.key_positions) <= last) & (jnp.max(here.key_positions) > before)
         return lax.cond(in_sight, read, lambda carry: carry, carry), None
@@ -212,11 +213,17 @@ def _scores(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> jax.Array:
     """float32 [B, K, G, T, S] before the mask."""
     batch, num_queries, num_heads, head_dim = q.shape[-4:]
     num_kv_heads, num_keys = k.shape[1:3]
-    # Query head i reads key/value head i // G. One batched matrix product, with no transposed result: the order that
-    # XLA:CPU runs fastest.
+    # Query head i reads key/value head i // G, in one batched matrix product.
     q = q.reshape(-1, batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     q = jnp.transpose(q, (1, 3, 0, 4, 2, 5)).reshape(batch, num_kv_heads, -1, head_dim)
-    scores = jnp.einsum("bkqh,bksh->bkqs", q.astype(k.dtype), k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    q = q.astype(k.dtype)
+    if num_queries == 1 and target_platform() == "cpu":
+        # few rows stand right of the product, as in `project`; without the barrier XLA:CPU turns it round again
+        scores = jnp.einsum("bksh,bkqh->bksq", k, q, preferred_element_type=jnp.float32)
+        scores = jnp.swapaxes(lax.optimization_barrier(scores), 2, 3)
+    else:
+        scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
+    scores *= head_dim**-0.5
     scores = scores.reshape(batch, num_kv_heads, -1, num_heads // num_kv_heads, num_queries, num_keys)
     if not spec.chunk_length:
         return scores[:, :, 0]
@@ -227,7 +234,7 @@ def _scores(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> jax.Array:
 def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
     """Values [B, K, S, h] summed with weights [B, K, G, T, S]: float32 [B, K, G, T, h]."""
     flat = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
-    out = jnp.einsum("bkqs,bksh->bkqh", flat.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkqs,bksh->bkqh", flat, v, preferred_element_type=jnp.float32)
     return out.reshape(*weights.shape[:-1], v.shape[-1])
 
 
