@@ -37,7 +37,7 @@ class Backend:
 
     cache_dtype: DTypeLike | None  # None: as the activations
     min_decode_rows: int
-    mlp_in_parts: bool = False  # of bfloat16
+    mlp_in_parts: bool = False  # bfloat16 ones, see `layers.mlp.in_parts`
 
     @classmethod
     def of(cls, platform: str) -> Backend:
