@@ -1,5 +1,6 @@
-# `make demo`, `make train-demo` and `make test` need only Python 3.11 or newer and make: each builds .venv once and
-# reuses it until setup.cfg changes. Elsewhere: PYTHON=/path/to/python3.12 make test, VENV=/some/folder make test.
+# `make demo`, `make train-demo` and `make test` need only Python 3.11 or newer and make: each builds .venv once, with the
+# versions in constraints.txt, and reuses it until that file or setup.cfg changes.
+# Elsewhere: PYTHON=/path/to/python3.12 make test, VENV=/some/folder make test.
 SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,11 +9,16 @@ PYTEST_ARGS ?= -n 2
 # the TPU compiler that the recorded figures are of
 LIBTPU ?= libtpu==0.0.51
 
-.PHONY: help demo train-demo test test-slow lint bench tpu-check tpu-table clean
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+VERSIONS ?= -c constraints.txt
+# setuptools first and by hand: an isolated build would take its newest
+install = $(PIP) $(VERSIONS) setuptools && $(PIP) $(VERSIONS) --no-build-isolation -e ".$(EXTRAS)"
+
+.PHONY: help demo train-demo test test-slow test-newest lint lock bench tpu-check tpu-table clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.base  ## answer a question with the default model (needs only the base install)
 	$(BIN)/qwen-jax demo
@@ -30,6 +36,15 @@ test: $(VENV)/.dev  ## run the tests, the checks against PyTorch among them
 test-slow: $(VENV)/.dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
 
+test-newest:  ## run the tests with the newest releases that setup.cfg admits, in an environment of its own
+	rm -f $(VENV)-newest/.dev
+	$(MAKE) test VENV=$(VENV)-newest VERSIONS="--upgrade --upgrade-strategy eager"
+
+lock: $(VENV)/uv  ## renew constraints.txt, for every Python that setup.cfg admits, and run the tests with it
+	echo setuptools | $</bin/uv pip compile --quiet --python $(BIN)/python --upgrade --universal --python-version 3.11 \
+		--no-annotate --custom-compile-command "make lock" --extra train --extra dev --extra torch -o constraints.txt setup.cfg -
+	$(MAKE) test
+
 lint: $(VENV)/.dev  ## format, style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +61,7 @@ tpu-table: $(VENV)/.dev $(VENV)/tpu  ## print the table of docs/tpu.md; half an 
 	PYTHONPATH=$(VENV)/tpu $(BIN)/qwen-jax compile --table
 
 clean:  ## remove the environment and every cache
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -58,18 +73,24 @@ $(BIN)/python:
 	fi; \
 	"$$python" -m venv $(VENV) || { rm -rf $(VENV); echo "$$python cannot make a virtual environment; install its venv module (on Debian and Ubuntu: python3-venv)." >&2; exit 2; }
 
-$(VENV)/.base: setup.cfg | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+$(VENV)/.base: EXTRAS =
+$(VENV)/.base: setup.cfg constraints.txt | $(BIN)/python
+	$(install)
 	@touch $@
 
-$(VENV)/.train: setup.cfg | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train]"
+$(VENV)/.train: EXTRAS = [train]
+$(VENV)/.train: setup.cfg constraints.txt | $(BIN)/python
+	$(install)
 	@touch $@ $(VENV)/.base
 
-$(VENV)/.dev: setup.cfg | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,torch,train]"
+$(VENV)/.dev: EXTRAS = [dev,torch,train]
+$(VENV)/.dev: setup.cfg constraints.txt | $(BIN)/python
+	$(install)
 	@touch $@ $(VENV)/.base $(VENV)/.train
+
+$(VENV)/uv: | $(BIN)/python
+	$(PIP) --target $@ uv
 
 # beside the environment, not in it: where libtpu is installed, jax looks for a TPU at every start
 $(VENV)/tpu: | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ $(LIBTPU)
+	$(PIP) --no-deps --target $@ $(LIBTPU)

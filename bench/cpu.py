@@ -130,11 +130,12 @@ def _transformers(folder: str, dtype: str, repetitions: int) -> dict[str, float]
         cache = DynamicCache(config=model.config)
         tokens = torch.tensor([prompt] * batch)
         began = time.perf_counter()
-        logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+        # by place: transformers 5.24 renamed the cache from past_key_values
+        logits = model(tokens, None, None, cache, logits_to_keep=1).logits
         token = logits[:, -1].argmax(-1, keepdim=True)
         prefilled = time.perf_counter()
         for _ in range(num_tokens - 1):
-            token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            token = model(token, None, None, cache).logits[:, -1].argmax(-1, keepdim=True)
         return prefilled - began, time.perf_counter() - prefilled
 
     with torch.inference_mode():

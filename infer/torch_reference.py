@@ -261,11 +261,12 @@ def greedy(model: torch.nn.Module, prompts: np.ndarray, num_tokens: int) -> np.n
     """[B, num_tokens]: the likeliest token again and again after prompts [B, P], with PyTorch's own cache."""
     import torch
 
-    tokens, past, chosen = torch.tensor(prompts, dtype=torch.long), None, []
+    tokens, cache, chosen = torch.tensor(prompts, dtype=torch.long), None, []
     with torch.no_grad():
         for _ in range(num_tokens):
-            out: Any = model(tokens, past_key_values=past, use_cache=True)
-            past, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            # The cache goes in and out by place: transformers 5.24 renamed it from past_key_values.
+            logits, cache = model(tokens, None, None, cache, use_cache=True)[:2]
+            tokens = logits[:, -1:].argmax(-1)
             chosen.append(tokens)
     return torch.cat(chosen, dim=1).numpy()
 

@@ -24,7 +24,7 @@ class Past(NamedTuple):
 
 class Output(NamedTuple):
     logits: Tensor
-    past_key_values: Past
+    cache: Past
 
 
 def ntk_alpha(length: int, trained_length: int) -> float:
@@ -156,12 +156,16 @@ class QWenLMHeadModel(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Past | None = None,
+        position_ids: None = None,
+        cache: Past | None = None,
         use_cache: bool = True,
     ) -> Output:
-        """input_ids [B, T]; attention_mask [B, S] with S counting the past, 0 at padding, which stands on the right."""
-        past_length = past_key_values.layers[0][0].shape[1] if past_key_values else 0
+        """input_ids [B, T]; attention_mask [B, S] with S counting the past, 0 at padding, which stands on the right.
+
+        The arguments stand where those of `transformers`' models do; positions always count from the first token.
+        """
+        past_length = cache.layers[0][0].shape[1] if cache else 0
         if attention_mask is None:
             attention_mask = torch.ones(input_ids.shape[0], past_length + input_ids.shape[1])
-        hidden, past = self.transformer(input_ids, attention_mask.bool(), past_key_values)
+        hidden, past = self.transformer(input_ids, attention_mask.bool(), cache)
         return Output(self.lm_head(hidden), past)
