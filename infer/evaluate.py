@@ -86,7 +86,7 @@ class Perplexity(LengthArguments):
             for scheme, model in schemes.items():
                 for length in self.lengths:
                     began = time.perf_counter()
-                    with model.on_mesh():
+                    with model.entered():
                         found = measure(model.config, model.params, used, length, stride=self.stride, advance=advance)
                     seconds = time.perf_counter() - began
                     rows.append(
@@ -236,7 +236,7 @@ class Sparse(ModelArguments):
             raise InputError(f"the text gives {len(ids)} tokens, fewer than --tokens {self.tokens}; give more text.")
         config = dataclasses.replace(with_scheme(qwen.config, self.rope), max_position_embeddings=self.tokens)
         wanted = {name: getattr(self, name) for name in ("recall", "columns", "diagonals", "step", "rounds")}
-        with _progress("layers", self.rounds * config.num_layers, unit="layers") as advance:
+        with _progress("layers", self.rounds * config.num_layers, unit="layers") as advance, qwen.entered():
             found = search(config, qwen.params, ids, **wanted, advance=advance)
         rows = [
             {

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from infer.decode import PIECE, read_in_pieces
-from infer.qwen import Backend
+from qwen_jax.backend import current_backend
 from qwen_jax.cache import empty_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Params, unembed
@@ -79,7 +79,7 @@ def negative_log_likelihood(params: Params, tokens: jax.Array, first: jax.Array,
     lengths = jnp.full(batch, length, jnp.int32)
     stacked = not isinstance(params["layers"], tuple)
     dtype = params["embed"]["embedding"].dtype
-    cache_dtype = Backend.of(jax.default_backend()).cache_dtype or dtype
+    cache_dtype = current_backend().cache_dtype or dtype
     cache = empty_cache(config, batch, length, cache_dtype, stacked=stacked, prompt_lengths=lengths)
     targets = jnp.pad(tokens[:, 1:], [(0, 0), (0, piece)])
 

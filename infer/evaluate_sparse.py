@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer.decode import PIECE, read_in_pieces
-from infer.qwen import Backend
+from qwen_jax.backend import current_backend
 from qwen_jax.cache import Cache, empty_cache
 from qwen_jax.config import ModelConfig, SparsePrefill
 from qwen_jax.layers.attention import AttentionSpec, attend
@@ -86,7 +86,7 @@ def _read(params: Params, tokens: jax.Array, *, config: ModelConfig, piece: int)
     """Keys and values of a text [1, N], densely read, and what entered each layer for the last `piece` tokens."""
     length = tokens.shape[1]
     dtype = params["embed"]["embedding"].dtype
-    cache_dtype = Backend.of(jax.default_backend()).cache_dtype or dtype
+    cache_dtype = current_backend().cache_dtype or dtype
     lengths = jnp.full(1, length, jnp.int32)
     cache = empty_cache(config, 1, length, cache_dtype, stacked=False, prompt_lengths=lengths)
     cache, _ = read_in_pieces(config, params, tokens, cache, lambda nothing, *_: nothing, jnp.zeros(()), piece=piece)

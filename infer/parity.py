@@ -19,8 +19,8 @@ import numpy as np
 
 from infer import torch_reference
 from infer.decode import MAX_STEPS, bucket, decode, pad_prompts, prefill
-from infer.qwen import Backend
 from infer.torch_reference import Trace
+from qwen_jax.backend import Backend
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers.moe import load_balancing_loss
 from qwen_jax.model import Params, forward, unembed, unstack
@@ -150,7 +150,7 @@ def _check_bfloat16(path: Path, tokens: np.ndarray, say: Say) -> tuple[list[Meas
     checkpoint = open_checkpoint(path)
     # as it is served
     params = load_params(checkpoint, jnp.bfloat16, progress=False)
-    params = unstack(params, Backend.of(jax.default_backend()).mlp_in_parts)
+    params = unstack(params, Backend.of(params).mlp_in_parts)
     say(f"JAX runs {tokens.shape[1]} tokens in bfloat16")
     found = trace(checkpoint.config, params, tokens)
     theirs, their_depth = compare_traces(exact, rounded, label="PyTorch bfloat16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from infer.decode import MAX_STEPS, DecodeState, Produced, bucket, decode, half_bucket, pad_prompts, prefill, widen
 from infer.sampling import Sampling, SamplingRows
 from qwen_jax import chat
+from qwen_jax.backend import Backend
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.model import Params, param_shardings, unstack
@@ -29,23 +29,6 @@ from qwen_jax.weights.open import open_checkpoint
 
 # Tokens between two looks at what the device has produced, while somebody reads along.
 STREAM_STEPS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """What is chosen per platform, in one place; the measurements are in docs/performance.md."""
-
-    cache_dtype: DTypeLike | None  # None: as the activations
-    min_decode_rows: int
-    mlp_in_parts: bool = False  # bfloat16 ones, see `layers.mlp.in_parts`
-
-    @classmethod
-    def of(cls, platform: str) -> Backend:
-        if platform == "cpu":
-            # XLA:CPU copies a whole bfloat16 cache to update it
-            return cls(cache_dtype=jnp.dtype(jnp.float32), min_decode_rows=1, mlp_in_parts=True)
-        # a TPU's matrix unit works on 8 rows at a time
-        return cls(cache_dtype=None, min_decode_rows=8 if platform == "tpu" else 1)
 
 
 @dataclasses.dataclass
@@ -99,7 +82,7 @@ class Qwen:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.generation_config = dict(generation_config or {})
-        self.backend = Backend.of(jax.default_backend())
+        self.backend = Backend.of(params)
         if not isinstance(params["layers"], tuple):
             in_parts = self.backend.mlp_in_parts and mesh is None and params["embed"]["embedding"].dtype == jnp.bfloat16
             params = unstack(params, in_parts)
@@ -107,9 +90,11 @@ class Qwen:
         self._generation = chat.generation_of(config, tokenizer)
         self.chat_template = tokenizer.chat_template or chat.default_template(self._generation)
 
-    def on_mesh(self) -> AbstractContextManager[Any]:
-        """The context in which this model's programs run."""
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The context in which this model's programs run: its backend and its mesh."""
+        with self.backend.entered(), nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            yield
 
     # --- defaults of the checkpoint -----------------------------------------------------------------------------------
 
@@ -241,13 +226,13 @@ class Stream:
         yield from self._take(produced, tokens.shape[1])
         rows = max(state.tokens.shape[0], self._qwen.backend.min_decode_rows)
         if rows != state.tokens.shape[0]:
-            with self._qwen.on_mesh():
+            with self._qwen.entered():
                 state = widen(state, rows)
         while not all(answer.finish_reason for answer in self.answers):
             before = sum(len(answer.tokens) for answer in self.answers)
             began = time.perf_counter()
             finished = np.array([bool(a.finish_reason) for a in self.answers] + [True] * (rows - len(self.answers)))
-            with self._qwen.on_mesh():
+            with self._qwen.entered():
                 state, produced, steps = decode(
                     self._qwen.params,
                     state.replace(done=jnp.asarray(finished)),
@@ -272,7 +257,7 @@ class Stream:
             sampling_rows = SamplingRows.create(
                 self._samplings + [Sampling()] * filler, self._prompts + [[0]] * filler, config.vocab_size
             )
-        with self._qwen.on_mesh():
+        with self._qwen.entered():
             return prefill(
                 self._qwen.params,
                 tokens,

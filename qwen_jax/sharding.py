@@ -270,16 +270,3 @@ def gathered(param: jax.Array, axes: Sequence[str]) -> jax.Array:
     # a constraint's own gradient would be gathered as well: an all-reduce where a reduce-scatter is enough
     gather.defvjp(lambda x: (gather(x), None), scatter)
     return gather(param)
-
-
-def target_platform() -> str:
-    """ "tpu", "gpu" or "cpu": what the running trace is compiled for, which need not be a device of this machine."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    platform = getattr(device, "platform", None) or jax.default_backend()
-    return "gpu" if platform in ("cuda", "rocm") else platform
-
-
-def target_cores() -> int:
-    """Cores of each chip that the running trace is compiled for which share its memory: 2 on TPU v4 and v5p."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return getattr(device, "num_cores", None) or getattr(jax.local_devices()[0], "num_cores", 1)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from qwen_jax.backend import Backend, current_backend
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
@@ -20,7 +21,7 @@ from qwen_jax.layers.norm import RMSNorm
 from qwen_jax.layers.rope import Rotary, rotate
 from qwen_jax.layers.sharded_attention import repeat_heads, sharded_attention
 from qwen_jax.layers.sparse import SparseBudget, sparse_attention
-from qwen_jax.sharding import constrain, current_mesh, target_cores, target_platform
+from qwen_jax.sharding import constrain, current_mesh
 
 # Long prompts attend in blocks of queries, which bounds the [B, H, T, S] scores that the plain computation holds.
 QUERY_BLOCK = 512
@@ -95,7 +96,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tup
     num_queries, num_keys = q.shape[-3], k.shape[2]
     if 1 < num_queries and spec.sparse is not None and spec.window is None:
         return sparse_attention(q, k, v, spec)
-    if kernel := _kernel(q, spec):
+    if kernel := _kernel(q, spec, current_backend()):
         return kernel(q, k, v)
     among_themselves = isinstance(spec.offset, int) and spec.offset == 0
     if 1 < num_queries and KEY_BLOCK < num_keys and not among_themselves:
@@ -126,26 +127,25 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tup
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[-4:]), jnp.moveaxis(lse, 0, 2).reshape(*lse.shape[1:3], -1)
 
 
-def _kernel(q: jax.Array, spec: AttentionSpec) -> Callable[..., tuple[jax.Array, jax.Array]] | None:
-    """The kernel for these queries on the platform of the running trace; None: attention in plain jnp."""
-    platform = target_platform()
-    if platform == "cpu" or spec.offset is None or q.shape[-1] not in (64, 128):
+def _kernel(q: jax.Array, spec: AttentionSpec, backend: Backend) -> Callable[..., tuple[jax.Array, jax.Array]] | None:
+    """The kernel for these queries; None: attention in plain jnp."""
+    if backend.kernels == "cpu" or spec.offset is None or q.shape[-1] not in (64, 128):
         return None
     if spec.chunk_length and spec.query_segments is not None:
         return None  # the kernels' chunks begin with the row, those of packed documents with the document
     packed = spec.query_segments is not None and spec.key_segments is not None
     segments = (spec.query_segments, spec.key_segments) if packed else (None, None)
-    known: dict[str, Any] = {"window": spec.window, "chunk_length": spec.chunk_length}
-    if platform == "tpu" and q.shape[-3] == 1 and not packed:
+    known: dict[str, Any] = {"window": spec.window, "chunk_length": spec.chunk_length, "interpret": backend.interpret}
+    if backend.kernels == "tpu" and q.shape[-3] == 1 and not packed:
         from qwen_jax.kernels.decode import decode_attention
 
         def decode(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-            lengths, cores = spec.query_positions[:, 0] + 1, target_cores()
-            out = decode_attention(q[..., 0, :, :], k, v, lengths, splits=cores, **known)
+            lengths = spec.query_positions[:, 0] + 1
+            out = decode_attention(q[..., 0, :, :], k, v, lengths, splits=backend.cores, **known)
             return out[:, None], jnp.zeros((*out.shape[:2], 1))  # nothing is merged with it
 
         return decode
-    if platform == "gpu":
+    if backend.kernels == "gpu":
         from qwen_jax.kernels.flash_gpu import flash_attention_lse
     elif isinstance(spec.window, jax.Array):
         return None  # layers in a scan whose windows differ
@@ -217,7 +217,7 @@ def _scores(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> jax.Array:
     q = q.reshape(-1, batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     q = jnp.transpose(q, (1, 3, 0, 4, 2, 5)).reshape(batch, num_kv_heads, -1, head_dim)
     q = q.astype(k.dtype)
-    if num_queries == 1 and target_platform() == "cpu":
+    if num_queries == 1 and current_backend().kernels == "cpu":
         # few rows stand right of the product, as in `project`; without the barrier XLA:CPU turns it round again
         scores = jnp.einsum("bksh,bkqh->bksq", k, q, preferred_element_type=jnp.float32)
         scores = jnp.swapaxes(lax.optimization_barrier(scores), 2, 3)

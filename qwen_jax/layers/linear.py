@@ -11,8 +11,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from qwen_jax.backend import current_backend
 from qwen_jax.layers.param import declare
-from qwen_jax.sharding import current_mesh, target_platform
+from qwen_jax.sharding import current_mesh
 
 # Rows of x up to which the kernel is the left operand, see `project`.
 FEW_ROWS = 64
@@ -32,9 +33,9 @@ def product_dtype(dtype: DTypeLike) -> DTypeLike:
     """The type in which a product that will be rounded to `dtype` is best asked for.
 
     Where devices each sum a part of a product, they exchange their sums in this type, so bfloat16 halves what the links
-    carry. XLA:CPU takes the matrix unit for float32 results only.
+    carry.
     """
-    return jnp.float32 if target_platform() == "cpu" else dtype
+    return current_backend().product_dtype or dtype
 
 
 def _product(
@@ -55,7 +56,7 @@ def _product(
     if num_rows > FEW_ROWS:
         y = multiply(rows, matrix)
     else:
-        if num_rows == 1 and x.dtype == jnp.bfloat16 and target_platform() == "cpu":
+        if num_rows == 1 and x.dtype == jnp.bfloat16 and current_backend().kernels == "cpu":
             rows = jnp.broadcast_to(rows, (2, rows.shape[1]))  # XLA:CPU converts the kernel for a single one
         y = multiply(matrix, rows)[:, :num_rows].T
     return y.reshape(*batch_shape, *out_shape), (kernel, x)

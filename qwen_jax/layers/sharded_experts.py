@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh
 
-from qwen_jax.sharding import activation_spec, target_platform
+from qwen_jax.backend import current_backend
+from qwen_jax.sharding import activation_spec
 
 Kernels = tuple[jax.Array, ...]
 
@@ -104,11 +105,11 @@ def _exchanged(
 def _send(rows: jax.Array, starts: jax.Array, sent: jax.Array, room: int) -> jax.Array:
     """rows [R, D], those for device d from starts[d] on -> [devices * room, D], those of device d from d * room on."""
     devices, me = len(starts), lax.axis_index("expert")
-    if target_platform() != "cpu":
+    if current_backend().ragged_exchange:
         buffer = jnp.zeros((devices * room, rows.shape[1]), rows.dtype)
         theirs = jnp.full(devices, me * room)
         return lax.ragged_all_to_all(rows, buffer, starts, sent[me], theirs, sent[:, me], axis_name="expert")
-    # XLA:CPU has no ragged exchange: the whole rooms travel
+    # the whole rooms travel
     slots = starts[:, None] + jnp.arange(room)[None]  # [to, room]
     filled = jnp.arange(room)[None] < sent[me][:, None]
     parts = jnp.where(filled[..., None], jnp.take(rows, slots, axis=0, mode="clip"), 0)
@@ -118,7 +119,7 @@ def _send(rows: jax.Array, starts: jax.Array, sent: jax.Array, room: int) -> jax
 def _return(rows: jax.Array, starts: jax.Array, sent: jax.Array, room: int, num_rows: int) -> jax.Array:
     """The way back of `_send`: what each device computed of our rows, in the order in which we sent them [R, D]."""
     devices, me = len(starts), lax.axis_index("expert")
-    if target_platform() != "cpu":
+    if current_backend().ragged_exchange:
         buffer = jnp.zeros((num_rows, rows.shape[1]), rows.dtype)
         ours = jnp.arange(devices) * room
         return lax.ragged_all_to_all(rows, buffer, ours, sent[:, me], starts[:, me], sent[me], axis_name="expert")

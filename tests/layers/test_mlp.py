@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.qwen import Backend, Qwen
+from infer.qwen import Qwen
+from qwen_jax.backend import current_backend
 from qwen_jax.layers.mlp import PART, Mlp, in_parts
 from qwen_jax.model import init
 from tests.infer import tiny
@@ -39,5 +40,5 @@ def test_in_parts_is_the_whole(features: int, tokens: int, dtype: str) -> None:
 def test_bfloat16_is_served_in_parts_where_that_is_faster(dtype: str) -> None:
     params = init(tiny.CONFIG, jax.random.key(0), jnp.dtype(dtype))
     served = Qwen(tiny.CONFIG, params, tiny.tokenizer()).params["layers"]
-    wanted = dtype == "bfloat16" and Backend.of(jax.default_backend()).mlp_in_parts
+    wanted = dtype == "bfloat16" and current_backend().mlp_in_parts
     assert all(set(layer["mlp"]) == ({"parts"} if wanted else {"gate", "up", "down"}) for layer in served)
