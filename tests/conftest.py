@@ -1,6 +1,8 @@
 """Every test runs on eight CPU devices, with rank promotion an error."""
 
+import importlib.metadata
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -8,8 +10,31 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from packaging.requirements import Requirement  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_report_header() -> list[str]:
+    """The installed versions that are not those in constraints.txt."""
+    others = []
+    for line in (Path(__file__).parent.parent / "constraints.txt").read_text().splitlines():
+        if line.startswith("#") or ((pin := Requirement(line)).marker and not pin.marker.evaluate()):
+            continue
+        try:
+            installed = importlib.metadata.version(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if installed not in pin.specifier:
+            others.append(f"{pin.name} {installed} (locked{str(pin.specifier).replace('==', ' ')})")
+    return [f"not as locked: {', '.join(others)}"] if others else []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs() -> Iterator[None]:
+    """No module leaves its compiled programs to those that follow it: together they are gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
