@@ -58,15 +58,27 @@ def main(argv: Sequence[str]) -> int:
     results: dict[str, dict[str, dict[str, float]]] = {}
     for name in options.cases or cases:
         for side in ("ours", "transformers"):
-            case = json.dumps(dataclasses.asdict(cases[name]))
-            command = [sys.executable, "-m", "bench.train", "measure", side, case, str(options.repetitions)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            results.setdefault(name, {})[side] = json.loads(done.stdout.splitlines()[-1])
+            results.setdefault(name, {})[side] = measure_side(side, cases[name], options.repetitions)
     if options.json:
         print(json.dumps(results, indent=2))
     else:
         _print(results, cases)
     return 0
+
+
+def measure_side(side: str, case: Case, repetitions: int) -> dict[str, float]:
+    """A side's figures by name, measured in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "bench.train",
+        "measure",
+        side,
+        json.dumps(dataclasses.asdict(case)),
+        str(repetitions),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _has_gpu() -> bool:

@@ -145,6 +145,15 @@ def _kernel(q: jax.Array, spec: AttentionSpec, backend: Backend) -> Callable[...
             return out[:, None], jnp.zeros((*out.shape[:2], 1))  # nothing is merged with it
 
         return decode
+    if backend.kernels == "gpu" and q.shape[-3] == 1 and not packed:
+        from qwen_jax.kernels import decode_gpu
+
+        def decode_on_gpu(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+            lengths = jnp.broadcast_to(spec.offset, q.shape[-4]) + 1
+            out, lse = decode_gpu.decode_attention(q[..., 0, :, :], k, v, lengths, **known)
+            return out[:, None], lse[:, :, None]
+
+        return decode_on_gpu
     if backend.kernels == "gpu":
         from qwen_jax.kernels.flash_gpu import flash_attention_lse
     elif isinstance(spec.window, jax.Array):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.errors import InputError
+from qwen_jax.kernels import decode_gpu
 from qwen_jax.kernels.decode import decode_attention, decode_reference, paged_decode_attention, pages_of
 
 BATCH, LAYERS, LAYER = 3, 2, 1
@@ -146,6 +147,43 @@ def test_contiguous(case: Case) -> None:
 @pytest.mark.parametrize("case", PAGED, ids=str)
 def test_paged(case: Case) -> None:
     sweep(case, paged, run_paged)
+
+
+GPU = [
+    Case((14, 2), 64, "float32", 300, 128, splits=2),
+    Case((7, 1), 128, "bfloat16", 384, 64, splits=3),
+    Case((4, 4), 64, "float32", 600, 128, chunk_length=100, splits=2),
+    Case((40, 2), 64, "float32", 80, 128),
+]
+
+
+@pytest.mark.parametrize("case", GPU, ids=str)
+def test_on_gpu(case: Case) -> None:
+    check_on_gpu(case, interpret=True)
+
+
+def check_on_gpu(case: Case, interpret: bool) -> None:
+    """The kernel for GPUs: outputs, and the logarithms by which parts of a cache are merged."""
+
+    @jax.jit
+    def attend(q: Any, k: Any, v: Any, lengths: Any, window: Any) -> Any:
+        return decode_gpu.decode_attention(
+            q if case.chunk_length else q[0], k, v, lengths, window=window, chunk_length=case.chunk_length,
+            splits=case.splits, interpret=interpret,
+        )  # fmt: skip
+
+    for lengths, window in (([1, 77, case.capacity], 2**30), ([case.capacity, 64, 30], 33), ([33, 2, 70], 1)):
+        rng = np.random.default_rng(0)
+        (k, v), meant = draw_cache(case, rng, lengths)
+        q = draw_queries(case, rng)
+        out, lse = attend(q, k[LAYER], v[LAYER], np.asarray(lengths, np.int32), window)
+        check(case, out, q, meant, lengths, window)
+        if not case.chunk_length:
+            for b in range(BATCH):
+                seen = meant[0][b, :, max(0, lengths[b] - window) : lengths[b]]
+                scores = np.einsum("hd,hsd->hs", q[0, b], np.repeat(seen, case.heads[0] // case.heads[1], 0))
+                expected = np.log(np.sum(np.exp(scores.astype(np.float64) / case.head_dim**0.5), axis=-1))
+                np.testing.assert_allclose(lse[b], expected, rtol=1e-2 if case.dtype == "bfloat16" else 1e-5, atol=1e-5)
 
 
 def sweep(case: Case, make: Any, run_one: Any) -> None:
