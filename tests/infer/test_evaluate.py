@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -184,19 +185,32 @@ def test_perplexity_command(folder, text, tmp_path, capsys):
     assert rows[0]["tokens"] / 63 * 64 == rows[1]["tokens"] / 127 * 128  # the same text at every length
 
 
-def test_needle_command(folder, tmp_path, capsys):
+def test_needle_command(folder, tmp_path, capsys, monkeypatch):
+    """A model that sees 250 tokens back finds what is hidden at the end of a prompt, and in a short prompt all."""
     pytest.importorskip("matplotlib")
+    generate = Qwen.generate
+
+    def short_sighted(self, prompts, *args, **kwargs):
+        texts = [self.tokenizer.decode(ids[-250:]) for ids in prompts]
+        found = [number[1] if (number := re.search(r" is (\d{5})\. ", text)) else "no number" for text in texts]
+        answers = generate(self, prompts, *args, **kwargs)
+        return [dataclasses.replace(answer, text=text) for answer, text in zip(answers, found, strict=True)]
+
+    monkeypatch.setattr(Qwen, "generate", short_sighted)
     plot = tmp_path / "needle.png"
-    common = ("needle", "--model", folder, "--lengths", 256, 600, "--depths", 0, 1)
+    common = ("needle", "--model", folder, "--lengths", 256, 600, "--depths", 0, 1)  # 600: beyond the 512 of its config
     out = run(capsys, *common, "--rope", "none", "dca:512,64", "--plot", plot)
-    assert out.count("Needles found") == 2 and "100%" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
+    tables = [table.splitlines() for table in out.split("Needles found, ")[1:]]
+    assert [table[0].split(",")[0] for table in tables] == ["none", "dca:512"]
+    for table in tables:
+        assert [line.split() for line in table if "%" in line] == [["0%", "100%", "0%"], ["100%", "100%", "100%"]]
     rows = json.loads(run(capsys, *common, "--json"))
     assert [(row["length"], row["depth"], row["score"]) for row in rows] == [
-        (256, 0.0, 0.0),
-        (256, 1.0, 0.0),
-        (600, 0.0, 0.0),  # beyond the 512 of its config
-        (600, 1.0, 0.0),
+        (256, 0.0, 1.0),
+        (256, 1.0, 1.0),
+        (600, 0.0, 0.0),
+        (600, 1.0, 1.0),
     ]
 
 
