@@ -1,8 +1,8 @@
 """`python -m bench.gpu --out DIR`: everything that needs a GPU, in under eight minutes on one H100 or H200.
 
-Each section runs in a process of its own, under a limit of its own, and appends its results to DIR/gpu.jsonl as they
-come, so that a run cut short still counts. It needs jax with its CUDA plugin, PyTorch, transformers and tyro; nothing is
-downloaded. `--rehearse` runs the same code on a CPU at tiny sizes, kernels interpreted.
+Each section runs in a process of its own, under a limit of its own, and appends its results to DIR/gpu.jsonl as
+they come, so that a run cut short still counts. It needs jax with its CUDA plugin, PyTorch, transformers and tyro;
+nothing is downloaded. `--rehearse` runs the same code on a CPU at tiny sizes, kernels interpreted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OPTIONAL = ("tiles",)
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Measures kernels, decoding and training on this machine's GPU beside PyTorch and cuDNN, and checks their values."""
+    """Measures kernels, decoding and training on a GPU beside PyTorch and cuDNN, and checks the values."""
 
     out: Path
     """Folder for gpu.jsonl; made if it is not there, and appended to if it is."""

@@ -36,36 +36,29 @@ def device() -> None:
 
 
 def checks() -> None:
-    """Values and gradients of the kernels against PyTorch's float64, by the tests' own check."""
-    from tests.kernels import test_flash_gpu as tests
-
-    cases, plan = tests.LARGE, None
-    cases = [*cases, tests.Case(1, 4096, (28, 4), 128, "bfloat16"), tests.Case(1, 1500, (14, 2), 64, "float32")]
-    if measure.rehearsing:
-        cases, plan = tests.CASES[:1], tests.SMALL
-    for case in cases:
-
-        def run(case: Any = case) -> dict[str, Any]:
-            function = tests.make(case, plan, measure.rehearsing)
-            try:
-                tests.check(function, case, [case.keys - case.queries] * case.batch, 700, 0)
-            except AssertionError as error:
-                return {"holds": False, "why": str(error)[:200]}
-            return {"holds": True}
-
-        attempt(run, kernel="flash", case=_described(case))
+    """Values and gradients of the kernels against PyTorch's and NumPy's float64, by the tests' own checks."""
     from tests.kernels import test_decode_attention as decode_tests
+    from tests.kernels import test_flash_gpu as flash_tests
 
-    for case in decode_tests.GPU:
+    cases, plan = flash_tests.LARGE, None
+    if measure.rehearsing:
+        cases, plan = flash_tests.CASES[:1], flash_tests.SMALL
+    for case in cases:
+        function = flash_tests.make(case, plan, measure.rehearsing)
+        offset = [case.keys - case.queries] * case.batch
+        check = functools.partial(flash_tests.check, function, case, offset, 700, 0)
+        attempt(functools.partial(_holds, check), kernel="flash", case=_described(case))
+    for case in decode_tests.GPU[: 1 if measure.rehearsing else None]:
+        check = functools.partial(decode_tests.check_on_gpu, case, interpret=measure.rehearsing)
+        attempt(functools.partial(_holds, check), kernel="decode", case=_described(case))
 
-        def run_decode(case: Any = case) -> dict[str, Any]:
-            try:
-                decode_tests.check_on_gpu(case, interpret=measure.rehearsing)
-            except AssertionError as error:
-                return {"holds": False, "why": str(error)[:200]}
-            return {"holds": True}
 
-        attempt(run_decode, kernel="decode", case=_described(case))
+def _holds(check: Callable[[], None]) -> dict[str, Any]:
+    try:
+        check()
+    except AssertionError as error:
+        return {"holds": False, "why": str(error)[:200]}
+    return {"holds": True}
 
 
 def _described(case: Any) -> str:
@@ -74,26 +67,16 @@ def _described(case: Any) -> str:
 
 def attention() -> None:
     """Causal attention of 32,768 tokens in rows of several lengths, forward, and forward with backward."""
-    lengths, tokens = ((2048, 8192, 32768), 32768) if not measure.rehearsing else ((64,), 64)
+    lengths, tokens = ((2048, 8192, 32768), 32768) if not measure.rehearsing else ((32,), 32)
     for (heads, kv_heads, width), length in itertools.product(HEADS, lengths):
-        batch = tokens // length
-        # two products, each of half the square
-        flops = 2 * batch * heads * length**2 * width
+        shape = tokens // length, length, length, heads, kv_heads, width
         names = {"heads": f"{heads}/{kv_heads} of {width}", "length": length}
-        q, k, v = _arrays(batch, length, length, heads, kv_heads, width)
-        sides: dict[str, Callable[..., Any]] = {"ours": functools.partial(_ours)}
+        attempt(functools.partial(_both_ways, _ours, *shape), **names, side="ours")
         if not measure.rehearsing:
-            sides["cuDNN"] = _cudnn
-        for side, attend in sides.items():
-            attempt(lambda attend=attend: _both_ways(attend, q, k, v, flops), **names, side=side)
-        attempt(lambda: _torch_both_ways(batch, length, heads, kv_heads, width, flops), **names, side="torch SDPA")
-    # Dual Chunk Attention: queries turned in three ways, of which each key needs one
-    (heads, kv_heads, width), length = HEADS[1], lengths[-1]
-    q, k, v = _arrays(1, length, length, heads, kv_heads, width)
-    names = {"heads": f"{heads}/{kv_heads} of {width}", "length": length}
-    dual = functools.partial(_ours, chunk_length=length // 4)
-    q = jnp.stack([q, q, q])
-    attempt(lambda: _both_ways(dual, q, k, v, 2 * heads * length**2 * width), **names, side="ours, DCA")
+            attempt(functools.partial(_both_ways, _cudnn, *shape), **names, side="cuDNN")
+        attempt(functools.partial(_torch_both_ways, *shape), **names, side="torch SDPA")
+        if length == lengths[-1]:
+            attempt(functools.partial(_both_ways, _dual_chunk, *shape), **names, side="ours, DCA")
 
 
 def decode_attention() -> None:
@@ -102,28 +85,10 @@ def decode_attention() -> None:
     shapes = list(itertools.product((1, 8, 64), (4096, 32768))) if not measure.rehearsing else [(2, 64)]
     for (heads, kv_heads, width), (batch, length) in itertools.product(HEADS, shapes):
         names = {"heads": f"{heads}/{kv_heads} of {width}", "sequences": batch, "keys": length}
-        q, k, v = _arrays(batch, 1, length, heads, kv_heads, width)
-        cache_bytes = 2 * k.nbytes
-        sides: dict[str, Callable[..., Any]] = {"ours": _ours_decoding, "plain": _plain_decoding}
-        for side, attend in sides.items():
-
-            def run(attend: Callable[..., Any] = attend) -> dict[str, Any]:
-                compiled = jax.jit(attend)
-                taken = seconds(lambda: compiled(q, k, v))
-                return {"microseconds": taken * 1e6, "of copy's bytes/s": cache_bytes / taken / ceiling}
-
-            attempt(run, **names, side=side)
-
-        def run_torch() -> dict[str, Any]:
-            import torch
-
-            a, b, c = _torch_arrays(batch, 1, length, heads, kv_heads, width)
-            attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
-            with torch.inference_mode():
-                taken = seconds(lambda: attend(a, b, c), torch_wait)
-            return {"microseconds": taken * 1e6, "of copy's bytes/s": cache_bytes / taken / ceiling}
-
-        attempt(run_torch, **names, side="torch SDPA")
+        shape = batch, 1, length, heads, kv_heads, width
+        for side, attend in {"ours": _ours_decoding, "plain": _plain_decoding}.items():
+            attempt(functools.partial(_decoding, attend, ceiling, *shape), **names, side=side)
+        attempt(functools.partial(_torch_decoding, ceiling, *shape), **names, side="torch SDPA")
 
 
 def products() -> None:
@@ -136,64 +101,61 @@ def products() -> None:
         "int8": ([(w * 30).astype(jnp.int8) for w in weights], 1.0),
         "int4": ([(w * 2).astype(jnp.int4) for w in weights], 0.5),
     }
-    scale = jnp.ones(size_out, jnp.float32)
-    for rows, (name, (ws, width)) in itertools.product((1, 8, 64), few_bits.items()):
+    for rows, (name, (ws, weight_bytes)) in itertools.product((1, 8, 64), few_bits.items()):
         x = jax.random.normal(jax.random.key(9), (rows, size_in), jnp.bfloat16)
+        attempt(functools.partial(_product, x, ws, weight_bytes, ceiling), weight=name, rows=rows)
 
-        @jax.jit
-        def multiply(x: Any, ws: Any) -> Any:
-            def one(w: Any) -> Any:
-                y = jnp.einsum("bi,oi->bo", x, w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-                return (y * scale).astype(jnp.bfloat16)
 
-            return [one(w) for w in ws]
+def _product(x: jax.Array, ws: list[jax.Array], weight_bytes: float, ceiling: float) -> dict[str, Any]:
+    scale = jnp.ones((1, ws[0].shape[0]), jnp.float32)
 
-        def run(multiply: Any = multiply, x: Any = x, ws: Any = ws, width: float = width) -> dict[str, Any]:
-            taken = seconds(lambda: multiply(x, ws)) / len(ws)
-            moved = size_out * size_in * width
-            return {"microseconds": taken * 1e6, "of copy's bytes/s": moved / taken / ceiling}
+    @jax.jit
+    def multiply(x: jax.Array, ws: list[jax.Array]) -> list[jax.Array]:
+        def one(w: jax.Array) -> jax.Array:
+            y = jnp.einsum("bi,oi->bo", x, w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+            return (y * scale).astype(jnp.bfloat16)
 
-        attempt(run, weight=name, rows=rows)
+        return [one(w) for w in ws]
+
+    # several weights in turn, so that none is read from the cache
+    taken = seconds(lambda: multiply(x, ws)) / len(ws)
+    return {"microseconds": taken * 1e6, "of copy's bytes/s": ws[0].size * weight_bytes / taken / ceiling}
 
 
 def tiles() -> None:
     """Looks for better blocks of each of the three kernels at 8,192 tokens, and prints the fastest first."""
-    length, batch = (8192, 4) if not measure.rehearsing else (64, 1)
+    length, batch = (8192, 4) if not measure.rehearsing else (32, 1)
     sizes = [(q, k, w, s) for q in (64, 128) for k in (32, 64, 128) for w in (4, 8) for s in (2, 3)]
     turned = [(q, k, w, s) for q in (32, 64) for k in (64, 128) for w in (4, 8) for s in (1, 2, 3)]
     if measure.rehearsing:
         sizes = turned = [(16, 16, 4, 1)]
     for heads, kv_heads, width in HEADS:
-        q, k, v = _arrays(batch, length, length, heads, kv_heads, width)
-        scalars = jnp.zeros((batch, 2), jnp.int32)
-        lse, delta = (jnp.ones((batch, heads, length), jnp.float32) for _ in range(2))
-        names = {"forward": sizes, "d_query": sizes, "d_key": turned}
+        arrays = _arrays(batch, length, length, heads, kv_heads, width)
+        for kernel, options in {"forward": sizes, "d_query": sizes, "d_key": turned}.items():
+            with ThreadPoolExecutor() as pool:
+                compiled = list(pool.map(functools.partial(_tile, kernel, arrays), options))
+            fits = [(run, blocks) for run, blocks in zip(compiled, options, strict=True) if run]
+            found = sorted((seconds(functools.partial(run, *arrays)) * 1e3, blocks) for run, blocks in fits)
+            for milliseconds, blocks in found[:8]:
+                record(width=width, kernel=kernel, blocks=list(blocks), ms=milliseconds)
 
-        def program(kernel: str, blocks: tuple[int, ...]) -> Any:
-            plan = Plan(*[Blocks(*blocks)] * 3)
-            static = flash_gpu._Static(False, None, False, plan, measure.rehearsing)
-            if kernel == "forward":
-                return jax.jit(lambda q, k, v: flash_gpu._forward(static, q[None], k, v, scalars, None))
-            function = flash_gpu._d_query if kernel == "d_query" else flash_gpu._d_key
-            return jax.jit(lambda q, k, v: function(static, q[None], k, v, scalars, None, q, lse, delta))
 
-        def build(item: tuple[str, tuple[int, ...]]) -> Any:
-            try:
-                return program(*item).lower(q, k, v).compile()
-            except Exception as error:  # blocks that the compiler refuses
-                return error
+def _tile(kernel: str, arrays: list[jax.Array], blocks: tuple[int, int, int, int]) -> Any:
+    """One of the kernels compiled with these blocks; None where the compiler refuses them."""
+    q, k, v = arrays
+    static = flash_gpu._Static(False, None, False, Plan(*[Blocks(*blocks)] * 3), measure.rehearsing)
+    scalars, row = jnp.zeros((q.shape[0], 2), jnp.int32), jnp.ones((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
 
-        items = [(kernel, blocks) for kernel, options in names.items() for blocks in options]
-        with ThreadPoolExecutor() as pool:
-            built = list(pool.map(build, items))
-        found = []
-        for (kernel, blocks), compiled in zip(items, built, strict=True):
-            if isinstance(compiled, Exception):
-                continue
-            found.append((kernel, seconds(lambda compiled=compiled: compiled(q, k, v)) * 1e3, blocks))
-        for kernel in names:
-            for _, taken, blocks in sorted(row for row in found if row[0] == kernel)[:8]:
-                record(width=width, kernel=kernel, blocks=list(blocks), ms=taken)
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        if kernel == "forward":
+            return flash_gpu._forward(static, q[None], k, v, scalars, None)
+        function = flash_gpu._d_query if kernel == "d_query" else flash_gpu._d_key
+        return function(static, q[None], k, v, scalars, None, q, row, row)
+
+    try:
+        return jax.jit(run).lower(q, k, v).compile()
+    except Exception:  # of many kinds: registers, shared memory, the layout of a product
+        return None
 
 
 # --- the sides --------------------------------------------------------------------------------------------------------
@@ -207,6 +169,11 @@ def _arrays(batch: int, queries: int, keys: int, heads: int, kv_heads: int, widt
 
 def _ours(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
     return flash_gpu.flash_attention(q, k, v, interpret=measure.rehearsing, **options)
+
+
+def _dual_chunk(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Queries turned in three ways, of which each key needs one; chunks are a quarter of the row."""
+    return _ours(jnp.stack([q, q, q]), k, v, chunk_length=q.shape[1] // 4)
 
 
 def _ours_decoding(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -226,21 +193,33 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
-def _both_ways(attend: Callable[..., Any], q: jax.Array, k: jax.Array, v: jax.Array, flops: float) -> dict[str, Any]:
+def _both_ways(attend: Callable[..., Any], *shape: int) -> dict[str, Any]:
+    q, k, v = _arrays(*shape)
+
     def pull(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
         out, pullback = jax.vjp(attend, q, k, v)
         return out, pullback(out)
 
     forward, both = jax.jit(attend), jax.jit(pull)
-    return _times(seconds(lambda: forward(q, k, v)), seconds(lambda: both(q, k, v)), flops)
+    return _times(seconds(lambda: forward(q, k, v)), seconds(lambda: both(q, k, v)), *shape)
 
 
-def _times(forward: float, both: float, flops: float) -> dict[str, Any]:
+def _decoding(attend: Callable[..., Any], ceiling: float, *shape: int) -> dict[str, Any]:
+    q, k, v = _arrays(*shape)
+    compiled = jax.jit(attend)
+    taken = seconds(lambda: compiled(q, k, v))
+    return {"microseconds": taken * 1e6, "of copy's bytes/s": 2 * k.nbytes / taken / ceiling}
+
+
+def _times(
+    forward: float, both: float, batch: int, length: int, _: int, heads: int, __: int, width: int
+) -> dict[str, Any]:
+    flops = 2 * batch * heads * length**2 * width  # two products, each of half the square
     return {
         "forward ms": forward * 1e3,
         "TFLOP/s": flops / forward / 1e12,
         "forward and backward ms": both * 1e3,
-        "TFLOP/s of both": 3.5 * flops / both / 1e12,  # the backward pass multiplies five times, the forward twice
+        "TFLOP/s of both": 3.5 * flops / both / 1e12,  # the backward pass has five products, the forward two
     }
 
 
@@ -255,10 +234,10 @@ def _torch_arrays(batch: int, queries: int, keys: int, heads: int, kv_heads: int
     return [torch.randn(shape, device=_torch_device(), dtype=torch.bfloat16) for shape in shapes]
 
 
-def _torch_both_ways(batch: int, length: int, heads: int, kv_heads: int, width: int, flops: float) -> dict[str, Any]:
+def _torch_both_ways(*shape: int) -> dict[str, Any]:
     import torch
 
-    q, k, v = (x.requires_grad_() for x in _torch_arrays(batch, length, length, heads, kv_heads, width))
+    q, k, v = (x.requires_grad_() for x in _torch_arrays(*shape))
     attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     d_out = torch.randn_like(q)
 
@@ -269,4 +248,14 @@ def _torch_both_ways(batch: int, length: int, heads: int, kv_heads: int, width: 
     def both() -> Any:
         return torch.autograd.grad(attend(q, k, v), (q, k, v), d_out)
 
-    return _times(seconds(forward, torch_wait), seconds(both, torch_wait), flops)
+    return _times(seconds(forward, torch_wait), seconds(both, torch_wait), *shape)
+
+
+def _torch_decoding(ceiling: float, *shape: int) -> dict[str, Any]:
+    import torch
+
+    q, k, v = _torch_arrays(*shape)
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
+    with torch.inference_mode():
+        taken = seconds(lambda: attend(q, k, v), torch_wait)
+    return {"microseconds": taken * 1e6, "of copy's bytes/s": 2 * k.nbytes / taken / ceiling}

@@ -43,7 +43,7 @@ def attempt(run: Callable[[], dict[str, Any]], **names: Any) -> dict[str, Any] |
 
 
 def seconds(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
-    """Of one call() on the device: the best of three loops, each queued as a whole, long enough to hide the queueing."""
+    """Of one call() on the device: the best of three loops, each queued whole, long enough to hide the queueing."""
     wait(call())
     began = time.perf_counter()
     wait(call())

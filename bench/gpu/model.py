@@ -87,7 +87,7 @@ def crosscheck() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     write_random(variant, Path(folder))
                     prompts = [folded(text, variant.config.vocab_size) for text in TEXTS]
-                    report = parity.check(Path(folder), prompts, **_sizes())
+                    report = parity.check(Path(folder), prompts, say=print, **_sizes())
                 worst = max(
                     (m for m in report.measures if m.limit), key=lambda measured: measured.value / (measured.limit or 1)
                 )
@@ -141,7 +141,7 @@ def default_model() -> None:
     record(model="default", answer=text, **{"decode tok/s": stream.timing.decode_rate})
     assert isinstance(checkpoint, TensorCheckpoint)
     prompts = qwen.tokenizer.encode_batch(TEXTS)
-    report = parity.check(checkpoint.source, prompts, **_sizes())
+    report = parity.check(checkpoint.source, prompts, say=print, **_sizes())
     broken = [m.name for m in report.measures if not m.holds]
     logits = next(m.value for m in report.measures if m.name == "logits")
     record(model="default", holds=report.holds, checks=len(report.measures), logits=logits, broken=", ".join(broken))
