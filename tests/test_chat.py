@@ -10,7 +10,7 @@ import pytest
 from qwen_jax.chat import default_template, generation_of, parse_tool_calls, render, stop_ids
 from qwen_jax.errors import InputError
 from qwen_jax.presets import load_preset, preset_names
-from qwen_jax.tokenizer import GENERATIONS, Tokenizer
+from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.weights.gguf import read_metadata
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -65,19 +65,56 @@ def test_published_render_hashes(generation, tools, options, length, sha256):
     assert (len(text), hashlib.sha256(text.encode()).hexdigest()[:16]) == (length, sha256)
 
 
-def test_qwen2_5_default_is_the_template_in_the_default_model(metadata):
+SYSTEMS = {
+    "qwen1": "You are a helpful assistant.",
+    "qwen1.5": "You are a helpful assistant",
+    "qwen2": "You are a helpful assistant.",
+    "qwen2.5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "qwen2.5-math": r"Please reason step by step, and put your final answer within \boxed{}.",
+    "qwq": "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. "
+    "You should think step-by-step.",
+}
+
+
+@pytest.mark.parametrize("generation", ["qwen2.5", "qwen2.5-math", "qwq"])
+def test_default_is_the_template_in_the_default_model(generation, metadata):
+    """Qwen2.5-Math's and QwQ-32B-Preview's differ from it in the system text alone."""
     rng = random.Random(0)
+    system = json.dumps(SYSTEMS[generation])[1:-1]
+    template = metadata["tokenizer.chat_template"].replace(SYSTEMS["qwen2.5"], system)
+    assert template.count(system) == 2
     for _ in range(500):
         messages, options = random_conversation(rng), {"tools": rng.choice([None, TOOLS])}
         options["add_generation_prompt"] = rng.random() < 0.5
-        expected = render(messages, template=metadata["tokenizer.chat_template"], **options)
-        assert render(messages, template=default_template("qwen2.5"), **options) == expected
+        expected = render(messages, template=template, **options)
+        assert render(messages, template=default_template(generation), **options) == expected
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_renders_as_transformers_does(generation):
+@pytest.mark.parametrize("generation", ["qwen1", "qwen1.5", "qwen2"])
+def test_the_first_generations_write_plain_chatml(generation):
+    rng = random.Random(3)
+    for _ in range(100):
+        messages = [m for m in random_conversation(rng) if m["role"] != "tool" and not m.get("tool_calls")] or HELLO
+        turns = [(m["role"], m["content"]) for m in messages]
+        if turns[0][0] != "system":
+            turns.insert(0, ("system", SYSTEMS[generation]))
+        expected = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns) + PROMPT
+        assert render(messages, template=default_template(generation)) == expected
+
+
+def test_qwen3_default_is_the_published_template():
+    """What Qwen3-0.6B's own template gives for these conversations in `transformers` has this hash."""
+    rng, sha256 = random.Random(2), hashlib.sha256()
+    for _ in range(1000):
+        messages, options = random_conversation(rng), {"tools": rng.choice([None, TOOLS])}
+        options |= rng.choice([{}, {"enable_thinking": False}, {"add_generation_prompt": False}])
+        sha256.update(render(messages, template=default_template("qwen3"), **options).encode())
+    assert sha256.hexdigest()[:16] == "aef728aaf4f72d91"
+
+
+def test_renders_as_transformers_does(metadata):
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    rng, template = random.Random(1), default_template(generation)
+    rng, template = random.Random(1), metadata["tokenizer.chat_template"]
     tools = [{"type": "function", "function": {"name": "f", "description": "温度 <&'\">", "parameters": {}}}]
     for _ in range(100):
         messages = random_conversation(rng)
@@ -85,28 +122,6 @@ def test_renders_as_transformers_does(generation):
             [copy.deepcopy(messages)], tools=tools, chat_template=template, add_generation_prompt=True
         )
         assert render(messages, template=template, tools=tools) == expected
-
-
-@pytest.mark.parametrize(
-    ("generation", "system"),
-    [
-        ("qwen1", "You are a helpful assistant."),
-        ("qwen1.5", "You are a helpful assistant"),
-        ("qwen2", "You are a helpful assistant."),
-        ("qwen2.5-math", r"Please reason step by step, and put your final answer within \boxed{}."),
-        (
-            "qwq",
-            "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. "
-            "You should think step-by-step.",
-        ),
-    ],
-)
-def test_default_system(generation, system):
-    turns = f"<|im_start|>user\nHello<|im_end|>\n{PROMPT}"
-    template = default_template(generation)
-    assert render(HELLO, template=template) == f"<|im_start|>system\n{system}<|im_end|>\n{turns}"
-    own = [{"role": "system", "content": "Own."}, *HELLO]
-    assert render(own, template=template) == f"<|im_start|>system\nOwn.<|im_end|>\n{turns}"
 
 
 def test_tool_calls_and_results():
