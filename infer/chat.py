@@ -121,6 +121,7 @@ class Conversation:
                 self.settings.sampling(self.qwen),
                 max_tokens=self.settings.max_tokens,
                 stop=self.settings.stop,
+                stop_ids=self.qwen.turns.stop_ids,
             )
         except InputError:
             self.messages.pop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -98,16 +99,32 @@ class Qwen:
 
     # --- defaults of the checkpoint -----------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def turns(self) -> chat.Turns:
+        """Whether the checkpoint chats, and the ids that end an assistant's turn."""
+        return chat.turns(
+            self.tokenizer,
+            self._generation,
+            self.chat_template,
+            self._declared_eos_ids,
+            self.generation_config.get("chat_format"),
+        )
+
     @property
     def is_chat_model(self) -> bool:
-        """Whether the checkpoint says that its texts end with a turn, as chat models do."""
-        return self.tokenizer.special_tokens.get("<|im_end|>") in self._eos_ids
+        return self.turns.is_chat
+
+    @property
+    def _declared_eos_ids(self) -> tuple[int, ...]:
+        declared = self.generation_config.get("eos_token_id", ())
+        return (declared,) if isinstance(declared, int) else tuple(declared)
 
     @property
     def _eos_ids(self) -> tuple[int, ...]:
-        declared = self.generation_config.get("eos_token_id", ())
-        declared = (declared,) if isinstance(declared, int) else tuple(declared)
-        return tuple(dict.fromkeys((*declared, *self.tokenizer.eos_ids)))
+        """What ends an answer: the end of a turn for a chat model, of a text for a base model."""
+        if self.is_chat_model:
+            return self.turns.stop_ids
+        return tuple(dict.fromkeys((*self._declared_eos_ids, *self.tokenizer.eos_ids)))
 
     def sampling(self, **changes: Any) -> Sampling:
         """The checkpoint's own generation settings with `changes`; temperature=0 is greedy and without penalties."""
@@ -128,14 +145,16 @@ class Qwen:
         """Token ids of a conversation (or of one user message) up to where the assistant answers."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self.tokenizer.encode(chat.render(messages, template=self.chat_template, **template_kwargs))
+        options = {"template": self.chat_template, "special_tokens": self.tokenizer.named_tokens} | template_kwargs
+        return self.tokenizer.encode(chat.render(messages, **options))
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], *, max_tokens: int = 512, **changes: Any) -> str:
         """The assistant's answer to a conversation, or to one user message; `changes` are Sampling's fields."""
         prompt = self.chat_prompt(messages)
-        return self.generate([prompt], self.sampling(**changes), max_tokens=max_tokens)[0].text
+        stop_ids = self.turns.stop_ids  # a base model does not stop by itself where a turn ends
+        return self.generate([prompt], self.sampling(**changes), max_tokens=max_tokens, stop_ids=stop_ids)[0].text
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None, **kwargs: Any

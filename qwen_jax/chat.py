@@ -1,23 +1,29 @@
-"""Messages <-> text: ChatML from the checkpoint's own jinja template, or from the generation's published default."""
+"""Conversations -> prompts: by the checkpoint's own jinja template, or by the generation's published default."""
 
 from __future__ import annotations
 
-import datetime
-import functools
+import bisect
+import contextlib
 import json
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from qwen_jax import templates
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.messages import SPEAKERS, check_message, parse_tool_calls
+from qwen_jax.spoken import Spoken, mark
 from qwen_jax.tokenizer import GENERATIONS, IM_END, IM_START, Generation, Tokenizer
 
-ROLES = ("system", "user", "assistant", "tool")
+__all__ = [
+    "default_template",
+    "encode_conversation",
+    "generation_of",
+    "parse_tool_calls",
+    "render",
+    "stop_ids",
+    "turns",
+]
 
 # --- The published defaults -------------------------------------------------------------------------------------------
 
@@ -120,12 +126,45 @@ def generation_of(config: ModelConfig, tokenizer: Tokenizer) -> Generation:
     return "qwen1.5" if qwen15 else "qwen2"
 
 
+# --- Where turns end --------------------------------------------------------------------------------------------------
+
+
+class Turns(NamedTuple):
+    """Whether a checkpoint chats, and the ids that end an assistant's turn."""
+
+    is_chat: bool
+    stop_ids: tuple[int, ...]
+
+
+def turns(
+    tokenizer: Tokenizer,
+    generation: Generation,
+    template: str | Mapping[str, str],
+    declared_ids: Sequence[int] = (),
+    chat_format: str | None = None,
+) -> Turns:
+    """How a checkpoint chats: it does if it says so, or if what ends its texts also ends a turn of its template.
+
+    declared_ids: what generation_config.json says ends a text. chat_format: Qwen1's, from there too.
+    """
+    declared = (*declared_ids, *tokenizer.eos_ids)
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ends: list[int] = []
+    with contextlib.suppress(InputError):  # a template that refuses these messages tells nothing
+        text = render(said, template=template, add_generation_prompt=False, special_tokens=tokenizer.named_tokens)
+        after = text.marks.rfind(mark("assistant")) + 1
+        ends = [id for id in tokenizer.encode(text[after:]) if id in tokenizer.special_ids][:1]
+    is_chat = chat_format == "chatml" or (chat_format != "raw" and bool(set(ends) & set(declared)))
+    if generation == "qwen1" and ends:  # as QwenLM's own code does
+        ends.append(tokenizer.special_tokens[IM_START])
+    return Turns(is_chat, tuple(dict.fromkeys([*ends, *declared])))
+
+
 def stop_ids(tokenizer: Tokenizer, generation: Generation) -> tuple[int, ...]:
-    """The ids that end an assistant's turn."""
-    marks = (IM_END, IM_START) if generation == "qwen1" else (IM_END,)
-    if missing := [mark for mark in marks if mark not in tokenizer.special_tokens]:
-        raise InputError(f"the tokenizer has no {missing[0]}, which ends a chat turn; use a chat model's tokenizer.")
-    return tuple(dict.fromkeys([*(tokenizer.special_tokens[mark] for mark in marks), *tokenizer.eos_ids]))
+    """The ids that end an assistant's turn in the generation's own template."""
+    if IM_END not in tokenizer.special_tokens:
+        raise InputError(f"the tokenizer has no {IM_END}, which ends a chat turn; use a chat model's tokenizer.")
+    return turns(tokenizer, generation, default_template(generation)).stop_ids
 
 
 # --- Messages -> text -------------------------------------------------------------------------------------------------
@@ -134,142 +173,91 @@ def stop_ids(tokenizer: Tokenizer, generation: Generation) -> tuple[int, ...]:
 def render(
     messages: Sequence[Mapping[str, Any]],
     *,
-    template: str,
+    template: str | Mapping[str, str],
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
+    special_tokens: Mapping[str, str] | None = None,
+    trusted_roles: Collection[str] = (),
     **template_kwargs: Any,
-) -> str:
-    """The prompt of a conversation, as `transformers` renders it; templates are untrusted and run in jinja's sandbox.
+) -> Spoken:
+    """The prompt of a conversation, as `transformers` renders it; its `pieces` say who spoke.
+
+    A control token spelled out in it is one to `Tokenizer.encode` only where the template wrote it. Templates are
+    untrusted programs: they run with limits on time and memory.
 
     messages: {"role", "content"} in OpenAI's form; content is a string or a list of text parts (joined by newlines),
         and an assistant may have "tool_calls" and "reasoning_content".
+    template: jinja source, or several by name: "tool_use" is taken when there are tools, otherwise "default".
     tools: OpenAI tool objects.
-    template_kwargs: further variables of the template, such as enable_thinking.
+    special_tokens: eos_token and the like, for the template (`Tokenizer.named_tokens`).
+    trusted_roles: roles whose text may hold control tokens.
+    template_kwargs: further variables of the template, such as enable_thinking or documents.
     Raises InputError on messages or a template that cannot be rendered.
     """
-    checked = [_check_message(i, message) for i, message in enumerate(messages)]
-    if not checked:
+    source = _choose(template, tools)
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise InputError(f"messages must be a list of objects with role and content, got {type(messages).__name__}.")
+    if not messages:
         raise InputError("there are no messages; give at least one, such as {'role': 'user', 'content': 'Hello'}.")
+    if unknown := set(trusted_roles) - set(SPEAKERS):
+        raise InputError(f"trusted_roles has the unknown role {unknown.pop()!r}; known: {', '.join(SPEAKERS)}.")
     for tool in tools or []:
         if not isinstance(tool, Mapping):
             raise InputError(f"a tool must be an object with type and function, got {type(tool).__name__}.")
-    compiled = _compile(template)
-    try:
-        return compiled.render(
-            messages=checked, tools=tools or None, add_generation_prompt=add_generation_prompt, **template_kwargs
-        )
-    except Exception as error:  # a template is a program: it can fail in any way
-        raise InputError(f"the chat template refused the messages: {error}") from None
+    spoken = [
+        (check_message(i, message, source), SPEAKERS[message["role"]], message["role"] in trusted_roles)
+        for i, message in enumerate(messages)
+    ]
+    tools = None if tools is None else list(tools)
+    variables = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+    own = {name: text for name, text in (special_tokens or {}).items() if name not in template_kwargs}
+    return templates.render(source, spoken, variables | template_kwargs, own)
 
 
-def _check_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as templates expect it: content a string, arguments of calls parsed."""
-    if not isinstance(message, Mapping) or "role" not in message:
-        raise InputError(f"message {index} must be an object with role and content, got {message!r}.")
-    role = message["role"]
-    if role not in ROLES:
-        raise InputError(f"message {index} has the unknown role {role!r}; known: {', '.join(ROLES)}.")
-    content, calls = message.get("content"), message.get("tool_calls")
-    if content is None:
-        if not calls:
-            raise InputError(f"message {index} ({role}) has no content; give a string or a list of text parts.")
-        content = ""
-    elif isinstance(content, list):
-        content = "\n".join(_text_part(index, part) for part in content)
-    elif not isinstance(content, str):
-        raise InputError(f"message {index} has content of type {type(content).__name__}; give a string or text parts.")
-    checked = {**message, "content": content}
-    if calls:
-        checked["tool_calls"] = [_check_call(index, call) for call in calls]
-    return checked
+def _choose(template: str | Mapping[str, str], tools: Any) -> str:
+    if isinstance(template, str):
+        return template
+    name = "tool_use" if tools is not None and "tool_use" in template else "default"
+    if name not in template:
+        raise InputError(f"of the chat templates {', '.join(sorted(template))} none is the default; choose one.")
+    return template[name]
 
 
-def _text_part(index: int, part: Any) -> str:
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise InputError(
-        f"message {index} has a content part of type {kind!r}; only {{'type': 'text', 'text': ...}} is read."
-    )
+def encode_conversation(
+    tokenizer: Tokenizer, stop_ids: Collection[int], messages: Sequence[Mapping[str, Any]], **options: Any
+) -> tuple[list[int], list[bool]]:
+    """Ids of a whole conversation, and for each whether the assistant said it: what fine-tuning learns.
 
-
-def _check_call(index: int, call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise InputError(f"message {index} has a tool call without a function name: {call!r}.")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):  # OpenAI sends JSON text; written as it is, a template would quote it twice
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError:
-            arguments = None
-    if not isinstance(arguments, Mapping):
-        raise InputError(f"message {index}: the arguments of {function['name']!r} are not a JSON object.")
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}` marks what the assistant wrote; it does not change the text."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's own filter escapes HTML
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    """Jinja set up as `transformers` sets it up, since checkpoints' templates are written for that."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    return environment
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(template: str) -> jinja2.Template:
-    try:
-        return _environment().from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"the chat template is not valid jinja (line {error.lineno}: {error.message}).") from None
-
-
-# --- Text -> messages -------------------------------------------------------------------------------------------------
-
-_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-
-
-def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """(content, [{"name", "arguments"}]) of an assistant's turn in Qwen2.5's and Qwen3's `<tool_call>` form.
-
-    A block that is unfinished or not such a JSON object stays in the content.
+    A template that has `{% generation %}` says that itself. Otherwise an assistant's turn reaches from where the
+    template asks for an answer to the id that ends it, one of `stop_ids`. options: as for `render`.
     """
-    calls: list[dict[str, Any]] = []
+    options = {"special_tokens": tokenizer.named_tokens} | options
+    text = render(messages, add_generation_prompt=False, **options)
+    ids, spans = tokenizer.encode_spoken(text)
+    learned = [piece.generated for piece in text.pieces for _ in piece.text]
+    if not any(learned):
+        asked = str.__str__(render(messages, add_generation_prompt=True, **options))
+        header = asked.removeprefix(text) if asked.startswith(text) else ""
+        ends = [end for id, (_, end) in zip(ids, spans, strict=True) if id in stop_ids]
+        for start, end in _turns_of_the_assistant(text, header, ends):
+            learned[start:end] = [True] * (end - start)
+    return ids, [any(learned[start:end]) for start, end in spans]
 
-    def take(block: re.Match[str]) -> str:
-        try:
-            call = json.loads(block[1])
-        except ValueError:
-            return block[0]
-        if not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):
-            return block[0]
-        calls.append({"name": call["name"], "arguments": call["arguments"]})
-        return ""
 
-    content = _TOOL_CALL.sub(take, text)
-    return (content.strip() if calls else text), calls
+def _turns_of_the_assistant(text: Spoken, header: str, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where the assistant's turns lie in a rendered conversation: from behind `header` up to one of `ends`."""
+    speakers = [piece.speaker for piece in text.pieces for _ in piece.text]
+    others = [i for i, speaker in enumerate(speakers) if speaker in ("system", "user", "tool")]
+    end = 0
+    while "assistant" in speakers[end:]:
+        first = speakers.index("assistant", end)
+        before = bisect.bisect_left(others, first)
+        begin = max(end, others[before - 1] + 1 if before else 0)
+        next_other = others[before] if before < len(others) else len(text)
+        # of a header only the beginning may stand in the history, such as a thinking model's without <think>
+        sizes = range(len(header), len(header) // 2, -1)
+        found = ((at + size) for size in sizes if (at := text.rfind(header[:size], begin, first)) >= 0)
+        start = next(found, first)
+        last = max(i for i in range(first, next_other) if speakers[i] == "assistant") + 1
+        end = next((end for end in ends if first < end <= next_other), last)
+        yield start, end

@@ -9,6 +9,7 @@ import base64
 import codecs
 import functools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,9 +19,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.spoken import Spoken
 
 Generation = Literal["qwen1", "qwen1.5", "qwen2", "qwen2.5", "qwen2.5-math", "qwq", "qwen3"]
 GENERATIONS: tuple[Generation, ...] = get_args(Generation)
+
+# What transformers gives to chat templates by name.
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -78,6 +83,7 @@ class Tokenizer:
     special_ids:    the subset that decoding drops with `skip_special`: control tokens, not `<tool_call>`.
     eos_ids:        what ends a text: the end-of-sequence token the checkpoint declares, then `<|endoftext|>`.
     chat_template:  the checkpoint's own jinja template, or None.
+    named_tokens:   what the checkpoint calls its tokens ("eos_token" -> text), for chat templates.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         pad_id: int | None = None,
         chat_template: str | None = None,
+        named_tokens: Mapping[str, str] | None = None,
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
@@ -99,12 +106,16 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_tokens: dict[str, int] = {added[id].content: id for id in sorted(added)}
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._added_ids = frozenset(added)
+        self._longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self._added_pattern = re.compile("|".join(map(re.escape, self._longest_first)))
         if END_OF_TEXT not in self.special_tokens:
             raise InputError(f"this is not a Qwen tokenizer: it has no {END_OF_TEXT} token; use the checkpoint's own.")
         self.vocab_size: int = max(backend.get_vocab_size(with_added_tokens=False), 1 + max(added))
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, self.special_tokens[END_OF_TEXT]]))
         self.pad_id: int = self.special_tokens[END_OF_TEXT] if pad_id is None else pad_id
         self.chat_template = chat_template
+        self.named_tokens = dict(named_tokens or {})
         for id in (*self.eos_ids, self.pad_id):
             self._check_id(id)
 
@@ -207,11 +218,56 @@ class Tokenizer:
         """Ids of `text`, normalised to NFC; nothing is added in front or behind.
 
         With `allow_special=False` the text of an added token (`<|im_end|>`, `<tool_call>`) is ordinary text, so that
-        untrusted text cannot forge a turn.
+        untrusted text cannot forge a turn. In a rendered prompt, a `Spoken`, it is so where the text is untrusted.
         """
         _check_text(text)
-        backend = self._backend if allow_special else self._plain
-        return backend.encode(text, add_special_tokens=False).ids
+        if not allow_special:
+            return [id for id, *_ in self._encode_plain(text)]
+        if isinstance(text, Spoken):
+            return self.encode_spoken(text)[0]
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_spoken(self, text: Spoken) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a rendered prompt, and the characters (start, end) of each.
+
+        Where no untrusted text spells an added token, they are the ids of the string. Raises InputError where it is
+        not known who spelled one.
+        """
+        encoding = self._backend.encode(str.__str__(text), add_special_tokens=False)
+        pieces = [piece for piece in text.pieces for _ in piece.text]
+        added = zip(encoding.ids, encoding.offsets, strict=True)
+        if all(pieces[i].trusted for id, (start, end) in added if id in self._added_ids for i in range(start, end)):
+            return encoding.ids, encoding.offsets
+        found: list[tuple[int, int, int]] = []
+        done = position = 0
+        while match := self._added_pattern.search(text, position):
+            start = position = match.start()
+            for token in self._longest_first:
+                span = pieces[start : start + len(token)]
+                if not text.startswith(token, start):
+                    continue
+                if any(piece.speaker == "unknown" for piece in span):
+                    raise InputError(
+                        f"the chat template hides who wrote {token!r}, so that it could be forged; use another."
+                    )
+                if all(piece.trusted for piece in span):
+                    found += self._encode_plain(text, done, start)
+                    done = position = start + len(token)
+                    found.append((self.special_tokens[token], start, done))
+                    break
+            else:
+                position += 1
+        found += self._encode_plain(text, done, len(text))
+        return [id for id, *_ in found], [(start, end) for _, start, end in found]
+
+    def _encode_plain(self, text: str, start: int = 0, end: int | None = None) -> list[tuple[int, int, int]]:
+        """Ids of text[start:end] without added tokens, and the characters (start, end) of each."""
+        encoding = self._plain.encode(str.__str__(text)[start:end], add_special_tokens=False)
+        found = [(id, start + a, start + b) for id, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)]
+        for id, a, b in found:  # where the vocabulary itself spells out an added token, its text is taken apart
+            if id in self._added_ids and b - a > 1:
+                return self._encode_plain(text, start, a + 1) + self._encode_plain(text, a + 1, end)
+        return found
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = True) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
@@ -448,7 +504,12 @@ def _declared(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return {"eos_ids": eos_ids, "pad_id": tokens["pad_token"], "chat_template": template}
+    named = {
+        name: token["content"] if isinstance(token, dict) else token
+        for name in NAMED_TOKENS
+        if (token := config.get(name)) is not None
+    }
+    return {"eos_ids": eos_ids, "pad_id": tokens["pad_token"], "chat_template": template, "named_tokens": named}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

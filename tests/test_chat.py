@@ -7,7 +7,14 @@ import random
 
 import pytest
 
-from qwen_jax.chat import default_template, generation_of, parse_tool_calls, render, stop_ids
+from qwen_jax.chat import (
+    default_template,
+    generation_of,
+    parse_tool_calls,
+    render,
+    stop_ids,
+    turns,
+)
 from qwen_jax.errors import InputError
 from qwen_jax.presets import load_preset, preset_names
 from qwen_jax.tokenizer import Tokenizer
@@ -202,6 +209,32 @@ def test_stop_ids(tokenizer):
         stop_ids(bare, "qwen2.5")
 
 
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "declared", "chat_format", "is_chat", "stops"),
+    [
+        (default_template("qwen2.5"), "<|im_end|>", (), None, True, (151645, 151643)),
+        (default_template("qwen2.5"), "<|endoftext|>", (151645, 151643), None, True, (151645, 151643)),
+        # a base model's folder has the template too
+        (default_template("qwen2.5"), "<|endoftext|>", (151643,), None, False, (151645, 151643)),
+        (default_template("qwen1"), "<|endoftext|>", (151643,), "chatml", True, (151645, 151643)),
+        (default_template("qwen1"), "<|im_end|>", (), "raw", False, (151645, 151643)),
+        # a fine-tune's own way to end turns
+        (PLAIN, "<|endoftext|>", (), None, True, (151643,)),
+        (PLAIN.replace("eos_token", "'<|fim_pad|>'"), "<|endoftext|>", (151662,), None, True, (151662, 151643)),
+        (PLAIN.replace("eos_token", "''"), "<|endoftext|>", (), None, False, (151643,)),
+        ("{{ raise_exception('no') }}", "<|endoftext|>", (), None, False, (151643,)),
+    ],
+)
+def test_turns(tokenizer, template, eos, declared, chat_format, is_chat, stops):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.eos_ids = tuple(dict.fromkeys([tokenizer.special_tokens[eos], 151643]))
+    tokenizer.named_tokens = {"eos_token": eos}
+    assert turns(tokenizer, "qwen2.5", template, declared, chat_format) == (is_chat, stops)
+
+
 # --- Other people's templates -----------------------------------------------------------------------------------------
 
 
@@ -219,6 +252,20 @@ def test_stop_ids(tokenizer):
 )
 def test_what_templates_may_use(template, expected):
     assert render(HELLO, template=template, flag=7) == expected
+
+
+@pytest.mark.parametrize(("tools", "expected"), [(None, "default"), ([], "tool_use"), (TOOLS, "tool_use")])
+def test_named_templates(tools, expected):
+    assert render(HELLO, template={"default": "default", "tool_use": "tool_use"}, tools=tools) == expected
+    assert render(HELLO, template={"default": "default"}, tools=tools) == "default"
+    with pytest.raises(InputError, match="of the chat templates rag none is the default"):
+        render(HELLO, template={"rag": "x"}, tools=tools)
+
+
+def test_special_tokens_unless_the_caller_has_his_own():
+    template = "{{ eos_token }} {{ bos_token }}"
+    assert render(HELLO, template=template, special_tokens={"eos_token": "E"}) == "E "
+    assert render(HELLO, template=template, special_tokens={"eos_token": "E"}, eos_token="own") == "own "
 
 
 @pytest.mark.parametrize(
@@ -271,6 +318,58 @@ def test_bad_messages_are_one_sentence(message, expected):
     assert expected in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("role", "shown", "template"),
+    [
+        ("developer", "system", "{{ messages[0].role }}"),
+        ("developer", "developer", "{% if messages[0].role == 'developer' %}{{ messages[0].role }}{% endif %}"),
+        ("function", "tool", "{{ messages[0].role }}"),
+    ],
+)
+def test_openais_roles_become_those_of_the_template(role, shown, template):
+    text = render([{"role": role, "content": "x"}], template=template)
+    assert text == shown
+
+
+def test_nulls_are_left_out_and_reasoning_has_one_name():
+    template = "{{ messages[0].name is defined }} {{ messages[0].reasoning_content }}"
+    message = {"role": "assistant", "content": None, "name": None, "thinking": "why"}
+    assert render([message], template=template) == "False why"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[0].content is none }}", "True"),  # a template that asks
+        ("{{ messages[0].content }}", ""),
+    ],
+)
+def test_no_content_beside_a_call(template, expected):
+    message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    assert render([message], template=template) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("c.function.arguments | tojson", '{"a": 1}'),
+        ("c.function.arguments", '{"a":1}'),  # a template that wants the text
+        ("(c.function.arguments if c.function.arguments is string else c.function.arguments | tojson)", '{"a":1}'),
+    ],
+)
+def test_arguments_are_text_or_an_object_as_the_template_wants(written, expected):
+    message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a":1}'}}]}
+    template = "{% for c in messages[0].tool_calls %}{{ " + written + " }}{% endfor %}"
+    assert render([message], template=template) == expected
+
+
+def test_deeply_nested_arguments_are_one_sentence():
+    deep = "[" * 100_000 + "]" * 100_000
+    message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": f'{{"a": {deep}}}'}}]}
+    with pytest.raises(InputError, match="the arguments of 'f' are not a JSON object"):
+        render([message], template="x")
+
+
 def test_no_messages():
     with pytest.raises(InputError, match="there are no messages"):
         render([], template=default_template("qwen2.5"))
@@ -299,6 +398,20 @@ def test_parse_tool_calls_inverts_rendering():
     ],
 )
 def test_what_is_no_tool_call_stays_in_the_content(text):
+    assert parse_tool_calls(text) == (text, [])
+
+
+def test_text_that_ends_a_call_may_stand_in_an_argument():
+    arguments = {"text": 'a} </tool_call> b <tool_call> {"name": "g", "arguments": {}} </tool_call>'}
+    text = f"<tool_call>\n{json.dumps({'name': 'write', 'arguments': arguments})}\n</tool_call>"
+    assert parse_tool_calls(text) == ("", [{"name": "write", "arguments": arguments}])
+
+
+@pytest.mark.parametrize(
+    "value", ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000, "NaN", "9" * 5000]
+)
+def test_what_no_json_library_reads_is_no_call(value):
+    text = f'<tool_call>\n{{"name": "f", "arguments": {{"a": {value}}}}}\n</tool_call>'
     assert parse_tool_calls(text) == (text, [])
 
 
