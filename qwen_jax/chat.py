@@ -154,7 +154,8 @@ def turns(
         text = render(said, template=template, add_generation_prompt=False, special_tokens=tokenizer.named_tokens)
         after = text.marks.rfind(mark("assistant")) + 1
         ends = [id for id in tokenizer.encode(text[after:]) if id in tokenizer.special_ids][:1]
-    is_chat = chat_format == "chatml" or (chat_format != "raw" and bool(set(ends) & set(declared)))
+    marks = {*ends, tokenizer.special_tokens.get(IM_END)}
+    is_chat = chat_format == "chatml" or (chat_format != "raw" and not marks.isdisjoint(declared))
     if generation == "qwen1" and ends:  # as QwenLM's own code does
         ends.append(tokenizer.special_tokens[IM_START])
     return Turns(is_chat, tuple(dict.fromkeys([*ends, *declared])))
