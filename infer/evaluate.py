@@ -216,7 +216,7 @@ class Sparse(ModelArguments):
         import numpy as np
 
         from infer.evaluate_sparse import as_config, search
-        from qwen_jax.config import sparse_to_hf
+        from qwen_jax.hf_config import sparse_to_hf
 
         if not self.text:
             raise InputError("sparse needs a text to calibrate on; give one or more files with --text.")

@@ -35,9 +35,7 @@ def with_scheme(config: ModelConfig, scheme: str, *, trained: int | None = None)
     if scheme == "own":
         return config
     trained = trained or trained_length(config)
-    nothing: dict[str, Any] = dict.fromkeys(
-        ("rope_scaling", "logn_trained_length", "sliding_window", "window_sizes", "dual_chunk")
-    )
+    nothing: dict[str, Any] = dict.fromkeys(("rope_scaling", "logn_trained_length", "dual_chunk")) | {"windows": ()}
     changes: dict[str, Any] = {}
     for part in [] if scheme == "none" else scheme.split("+"):
         name, _, value = part.partition(":")
@@ -71,7 +69,7 @@ def _logn(value: str, config: ModelConfig, trained: int) -> dict[str, Any]:
 def _window(value: str, config: ModelConfig, trained: int) -> dict[str, Any]:
     first, last = map(int, value.split("-"))
     steps = max(config.num_layers - 1, 1)
-    return {"window_sizes": tuple(first + (last - first) * layer // steps for layer in range(config.num_layers))}
+    return {"windows": tuple(first + (last - first) * layer // steps for layer in range(config.num_layers))}
 
 
 def _dca(value: str, config: ModelConfig, trained: int) -> dict[str, Any]:

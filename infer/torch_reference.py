@@ -65,12 +65,14 @@ def variants(model_type: ModelType) -> dict[str, Variant]:
     def variant(key_bias: float = 1.0, **changes: Any) -> Variant:
         return Variant(dataclasses.replace(base, **changes), key_bias)
 
+    # transformers has windows in every layer of a Qwen3-MoE, or in none
+    windows = {"qwen2_moe": (96, None, None, None), "qwen3_moe": (96,) * 4}.get(model_type, (None, None, 96, 96))
     found = {"plain": variant()}
     if not qwen1:
         found |= {
             "tied": variant(tie_word_embeddings=True),
             "yarn": variant(rope_scaling=YarnScaling(4.0, 128), max_position_embeddings=512),
-            "window": variant(sliding_window=96, first_window_layer=2),
+            "window": variant(windows=windows),
         }
     if moe:
         found["norm_topk_prob"] = variant(moe=dataclasses.replace(moe, norm_topk_prob=True))

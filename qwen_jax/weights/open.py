@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
-from qwen_jax.config import load_config
+from qwen_jax.checked import printable, read_json, shown
 from qwen_jax.errors import InputError
+from qwen_jax.hf_config import load_config
 from qwen_jax.weights import gguf
 from qwen_jax.weights.checkpoint import BLOCK_BYTES, Checkpoint, TensorCheckpoint, first_of, read_hf_extra
 from qwen_jax.weights.names import leaves
@@ -76,46 +79,66 @@ def _open_folder(folder: Path) -> TensorCheckpoint:
     tensors = _folder_tensors(folder)
     # buffers that old files store; both are functions of the configuration
     tensors = {k: v for k, v in tensors.items() if not k.endswith((".rotary_emb.inv_freq", ".attn.masked_bias"))}
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        embedding = leaves(config, "hf")[0].tensor
-        if embedding in tensors and not _equal(tensors[embedding], tensors["lm_head.weight"]):
-            # the head was trained apart from the embedding, so it counts
+    by_path = {leaf.path: leaf for leaf in leaves(dataclasses.replace(config, tie_word_embeddings=False), "hf")}
+    embedding, head = (by_path[path] for path in ("embed/embedding", "lm_head/embedding"))
+    prefix, _, bare = embedding.tensor.partition(".")
+    if bare in tensors:  # saved without the head, whose model gives the others their prefix
+        tensors = {k if k == head.tensor else f"{prefix}.{k}": v for k, v in tensors.items()}
+    if config.tie_word_embeddings and head.tensor in tensors:
+        if embedding.tensor not in tensors:
+            tensors[embedding.tensor] = tensors.pop(head.tensor)
+        elif _equal(tensors[embedding.tensor], tensors[head.tensor]):
+            del tensors[head.tensor]
+        else:  # the head was trained apart from the embedding, so it counts
             config = dataclasses.replace(config, tie_word_embeddings=False)
-        else:
-            del tensors["lm_head.weight"]
     return TensorCheckpoint(folder, config, tensors, "hf", hf_extra=read_hf_extra(folder))
+
+
+# in the order in which transformers looks for them
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:
     from qwen_jax.weights.torch_bin import read_torch_bin
 
-    for stem, suffix, read in (("model", "safetensors", read_safetensors), ("pytorch_model", "bin", read_torch_bin)):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.exists():
-            return _sharded(index, read)
-        if (folder / f"{stem}.{suffix}").exists():
-            return read(folder / f"{stem}.{suffix}")
-    raise InputError(
-        f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin, an index of either, or our Orbax."
-    )
+    named = read_json(folder / "config.json").get("transformers_weights")
+    for file in (named,) if named else _WEIGHT_FILES:
+        path = _inside(folder, file, "transformers_weights in config.json")
+        if os.path.isfile(path):  # of a name of any length too
+            read = read_torch_bin if ".bin" in file else read_safetensors
+            return _sharded(path, read) if file.endswith(".index.json") else read(path)
+    expected = printable(named) if named else "model.safetensors or pytorch_model.bin, an index of either"
+    raise InputError(f"{folder} holds no weights; expected {expected}, or our Orbax.")
 
 
-def _sharded(index: Path, read: Any) -> dict[str, StoredTensor]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError):
-        raise InputError(f"{index} is not a valid index of shards; download it again.") from None
-    shards = sorted(set(weight_map.values()))
-    if missing := [name for name in shards if not (index.parent / name).exists()]:
+def _inside(folder: Path, name: object, where: str) -> Path:
+    """The file that a name from a file means. Raises InputError unless it lies in the folder (as a link, maybe)."""
+    if not isinstance(name, str) or not name.isprintable() or name[:1] == "/" or ".." in PurePosixPath(name).parts:
+        raise InputError(f"{where} names {shown(name)}, which is not a file in {folder}; download it again.")
+    return folder / name
+
+
+def _sharded(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} is not a valid index of shards; download it again.")
+    paths = {_inside(index.parent, name, str(index)) for name in weight_map.values()}
+    if missing := [printable(str(path.relative_to(index.parent))) for path in paths if not os.path.isfile(path)]:
         raise InputError(f"{index.parent} lacks the shard {first_of(missing)} named in {index.name}; download it.")
     tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        tensors |= read(index.parent / shard)
+    for path in sorted(paths):
+        tensors |= read(path)
     return tensors
 
 
 def _equal(a: StoredTensor, b: StoredTensor) -> bool:
-    if a.shape != b.shape:
+    if a.shape != b.shape or len(a.shape) != 2 or not a.shape[1]:
         return False
     step = max(1, BLOCK_BYTES // (4 * a.shape[1]))
     for start in range(0, a.shape[0], step):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -15,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.config import load_config
+from qwen_jax.checked import printable, read_json
 from qwen_jax.errors import InputError
+from qwen_jax.hf_config import load_config
 from qwen_jax.weights._files import new_folder, progress_bar
 from qwen_jax.weights.checkpoint import Checkpoint, Index, block_shape, blocks, copy_assets, read_hf_extra
 from qwen_jax.weights.export import write_config
@@ -118,21 +118,25 @@ class OrbaxCheckpoint(Checkpoint):
         self.hf_extra = read_hf_extra(folder)
         self.leaves = leaves(self.config, "hf")
         self.source = folder
+        metadata = read_json(folder / "_METADATA")
         try:
-            metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
             stored = {"/".join(part["key"] for part in e["key_metadata"]) for e in metadata["tree_metadata"].values()}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{folder}/_METADATA is damaged; convert the checkpoint again.") from None
         expected = {leaf.path for leaf in self.leaves}
         if missing := sorted(expected - stored):
             raise InputError(f"{folder} lacks the parameter {missing[0]}; it does not belong to its config.json.")
         if extra := sorted(stored - expected):
-            raise InputError(f"{folder} holds the parameter {extra[0]}, which its config.json does not have.")
-        formats = {"ocdbt": metadata.get("use_ocdbt", False), "zarr3": metadata.get("use_zarr3", False)}
+            raise InputError(
+                f"{folder} holds the parameter {printable(extra[0])}, which its config.json does not have."
+            )
+        formats = {"ocdbt": bool(metadata.get("use_ocdbt")), "zarr3": bool(metadata.get("use_zarr3"))}
         self._arrays = {}
         for leaf in self.leaves:
             try:
-                array = ts.open(_array_spec(folder, leaf.path, **formats), open=True, read=True).result()
+                # a chunk that is not there is lost, not zero: every chunk is written, whatever it holds
+                spec = _array_spec(folder, leaf.path, **formats) | {"fill_missing_data_reads": False}
+                array = ts.open(spec, open=True, read=True).result()
             except ValueError:
                 raise InputError(f"{folder}: the files of {leaf.path} are incomplete; convert it again.") from None
             if tuple(array.shape) != leaf.shape:
@@ -144,7 +148,10 @@ class OrbaxCheckpoint(Checkpoint):
         self.dtypes = {path: array.dtype.numpy_dtype for path, array in self._arrays.items()}
 
     def _read(self, path: str, index: Index, out: np.ndarray) -> None:
-        out[...] = self._arrays[path][index].read().result()
+        try:
+            out[...] = self._arrays[path][index].read().result()
+        except ValueError:
+            raise InputError(f"{self.source}: the files of {path} are damaged or lost; convert it again.") from None
 
     def write_assets(self, folder: Path) -> None:
         copy_assets(self.source, folder)

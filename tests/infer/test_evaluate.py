@@ -25,7 +25,7 @@ from tests.infer import tiny
 
 # --- schemes ----------------------------------------------------------------------------------------------------------
 
-NOTHING = {"rope_scaling": None, "logn_trained_length": None, "window_sizes": None, "dual_chunk": None}
+NOTHING = {"rope_scaling": None, "logn_trained_length": None, "windows": (), "dual_chunk": None}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ NOTHING = {"rope_scaling": None, "logn_trained_length": None, "window_sizes": No
             {
                 "rope_scaling": DynamicNtkScaling(tiny.TRAINED),
                 "logn_trained_length": tiny.TRAINED,
-                "window_sizes": (8, 20),
+                "windows": (8, 20),
             },
         ),
         ("dca:24,8", {"dual_chunk": DualChunk(24, 8, tiny.TRAINED)}),
@@ -57,7 +57,7 @@ def test_own_scheme_and_trained_length():
     assert with_scheme(tiny.QWEN1_CONFIG, "own") is tiny.QWEN1_CONFIG
     assert with_scheme(tiny.CONFIG, "yarn:4").rope_scaling == YarnScaling(4.0, 512)
     assert with_scheme(tiny.CONFIG, "yarn:4", trained=64).rope_scaling == YarnScaling(4.0, 64)
-    windows = with_scheme(dataclasses.replace(tiny.CONFIG, num_layers=4), "window:100-400").window_sizes
+    windows = with_scheme(dataclasses.replace(tiny.CONFIG, num_layers=4), "window:100-400").windows
     assert windows == (100, 200, 300, 400)
 
 

@@ -21,7 +21,7 @@ CONFIGS = {
     "yarn": dataclasses.replace(tiny.CONFIG, rope_scaling=YarnScaling(4.0, 64)),
     "dual_chunk": dataclasses.replace(tiny.CONFIG, dual_chunk=DualChunk(56, 16, 64)),
     "qwen1": tiny.QWEN1_CONFIG,
-    "windows": dataclasses.replace(tiny.CONFIG, window_sizes=(20, None)),
+    "windows": dataclasses.replace(tiny.CONFIG, windows=(20, None)),
 }
 LENGTHS = np.array([150, 64, 3], np.int32)
 TOKENS = np.random.default_rng(5).integers(0, 256, (3, 150)).astype(np.int32)

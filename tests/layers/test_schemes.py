@@ -43,7 +43,7 @@ def test_far_beyond_the_original_length(model_type, scaling: RopeScaling, logn: 
 @pytest.mark.parametrize(("windows", "reach"), [((5, 9), 4 + 8), ((5, None), None)])
 def test_layer_windows_by_their_reach(windows, reach, stacked):
     """Through two layers of windows 5 and 9 a change reaches 4 + 8 tokens further, and through a full one all."""
-    config: ModelConfig = dataclasses.replace(tiny.CONFIG, window_sizes=windows)
+    config: ModelConfig = dataclasses.replace(tiny.CONFIG, windows=windows)
     params = init(config, jax.random.key(0))
     params = params if stacked else unstack(params)
     tokens, at = jnp.asarray(TOKENS[:, :60]), 20
@@ -51,11 +51,3 @@ def test_layer_windows_by_their_reach(windows, reach, stacked):
     after = forward(config, params, tokens.at[0, at].set(300)).hidden
     changed = np.flatnonzero(np.any(np.abs(before - after) > 1e-6, axis=-1)[0])
     assert changed.tolist() == list(range(at, 60 if reach is None else at + reach + 1))
-
-
-def test_equal_layer_windows_are_a_sliding_window():
-    config = dataclasses.replace(tiny.CONFIG, window_sizes=(None, 7))
-    same = dataclasses.replace(tiny.CONFIG, sliding_window=7, first_window_layer=1)
-    params = init(config, jax.random.key(0))
-    a, b = (forward(c, params, jnp.asarray(TOKENS[:, :60])).hidden for c in (config, same))
-    np.testing.assert_array_equal(a, b)

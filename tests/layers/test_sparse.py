@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from infer.decode import prefill
-from qwen_jax.config import DualChunk, ModelConfig, SparsePrefill, load_config
+from qwen_jax.config import DualChunk, ModelConfig, SparsePrefill
 from qwen_jax.errors import InputError
+from qwen_jax.hf_config import load_config
 from qwen_jax.layers import sparse as sparse_module
 from qwen_jax.layers.attention import AttentionSpec, attend
 from qwen_jax.layers.rope import rotary_tables, rotate

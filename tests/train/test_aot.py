@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
+from qwen_jax.hf_config import load_config
 from train.aot import hlo
 from train.aot.chips import GIB, parse_topology
 from train.aot.command import Compile, program_of
