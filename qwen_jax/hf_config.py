@@ -110,7 +110,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         dual_chunk=_dual_chunk_from_hf(c.get("dual_chunk_attention_config")),
         sparse_prefill=_sparse_from_hf(c.get("dual_chunk_attention_config")),
         moe=_moe_from_hf(c) if moe else None,
-        initializer_range=number("initializer_range", c.get("initializer_range", 0.02), above=-1e-9),
+        initializer_range=number("initializer_range", c.get("initializer_range", 0.02), least=0.0),
     )
 
 
@@ -178,9 +178,7 @@ def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         raise InputError(f"{key} of type {kind!r} has the unknown key {shown(unknown[0])}; known: {known}.")
     if kind == "default":
         return theta, None
-    factor = number(f"{key} factor", raw.pop("factor", None))
-    if factor < 1:
-        raise InputError(f"{key} factor is {factor}; it must be a number of at least 1.")
+    factor = number(f"{key} factor", raw.pop("factor", None), least=1.0)
     if kind == "linear":
         return theta, LinearScaling(factor)
     if kind == "ntk":
@@ -290,7 +288,7 @@ def _moe_from_hf(c: Mapping[str, Any]) -> MoeConfig:
         expert_intermediate_size=whole("moe_intermediate_size", c["moe_intermediate_size"]),
         shared_intermediate_size=whole(shared, c[shared], least=0) if c["model_type"] == "qwen2_moe" else 0,
         norm_topk_prob=flag("norm_topk_prob", c.get("norm_topk_prob", False)),
-        aux_loss_coef=number("router_aux_loss_coef", c.get("router_aux_loss_coef", 0.001), above=-1e-9),
+        aux_loss_coef=number("router_aux_loss_coef", c.get("router_aux_loss_coef", 0.001), least=0.0),
     )
 
 

@@ -88,7 +88,7 @@ def test_missing_shard(changed, sentence):
 def test_truncated_safetensors(changed, sentence):
     weights = changed() / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "is truncated" in sentence("chat", "--model", weights.parent)
+    assert "is damaged or truncated" in sentence("chat", "--model", weights.parent)
 
 
 def test_no_weights(changed, sentence):

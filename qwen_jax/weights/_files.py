@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -21,11 +22,11 @@ def new_folder(destination: Path) -> Iterator[Path]:
     What a killed process left is removed by the next one that writes the same destination. Raises InputError when
     `destination` exists, or when writing fails (a full disk).
     """
-    if destination.exists():
-        raise InputError(f"{destination} already exists; choose another folder, or remove it first.")
     with writing(destination):
+        if destination.exists():
+            raise InputError(f"{destination} already exists; choose another folder, or remove it first.")
         destination.parent.mkdir(parents=True, exist_ok=True)
-        for left in destination.parent.glob(f".{destination.name}.*.partial"):
+        for left in destination.parent.glob(f".{glob.escape(destination.name)}.*.partial"):
             with contextlib.suppress(BlockingIOError), _locked(left):
                 shutil.rmtree(left)
         temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
@@ -58,6 +59,16 @@ def writing(destination: Path) -> Iterator[None]:
         reason = os.strerror(error.errno).lower() if error.errno else str(error)
         advice = "free some space, or choose another disk" if error.errno == errno.ENOSPC else "choose another place"
         raise InputError(f"{destination} could not be written ({reason}), nothing was left there; {advice}.") from error
+
+
+@contextlib.contextmanager
+def reading(source: Path) -> Iterator[None]:
+    """Turns a failure to read into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        raise InputError(f"{source} cannot be read ({reason}); check the path, or download it again.") from error
 
 
 @contextlib.contextmanager

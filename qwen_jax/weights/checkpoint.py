@@ -6,17 +6,17 @@ import abc
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen_jax.checked import mapping, printable, read_json
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.weights._files import reading
 from qwen_jax.weights.names import Leaf, Style, leaves
 from qwen_jax.weights.stored import PLAIN_DTYPES, StoredTensor
 
@@ -71,10 +71,7 @@ class Checkpoint(abc.ABC):
     def generation_config(self) -> dict[str, Any]:
         """The mapping of generation_config.json (token ids, sampling defaults); empty when there is none."""
         file = self.source / "generation_config.json"
-        try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        except ValueError as error:
-            raise InputError(f"{file} is not valid JSON ({error}); download it again.") from None
+        return {**mapping(str(file), read_json(file))} if file.exists() else {}
 
     @abc.abstractmethod
     def write_assets(self, folder: Path) -> None:
@@ -99,11 +96,15 @@ class TensorCheckpoint(Checkpoint):
         self.source = source
         self.leaves = leaves(config, style)
         self._by_path = {leaf.path: leaf for leaf in self.leaves}
-        names = {leaf.path: [leaf.tensor.format(*index) for index in leaf.indices()] for leaf in self.leaves}
-        used = set(itertools.chain.from_iterable(names.values()))
-        if missing := [name for name in used if name not in tensors]:
-            raise InputError(f"{source} lacks the tensor {first_of(missing)}; it is incomplete, download it again.")
-        if extra := [name for name in tensors if name not in used]:
+        named = ((leaf.path, leaf.tensor.format(*index)) for leaf in self.leaves for index in leaf.indices())
+        names: dict[str, list[str]] = {leaf.path: [] for leaf in self.leaves}
+        used = set()
+        for path, name in named:  # up to the first that lacks, for a configuration may claim any number of layers
+            if name not in tensors:
+                raise InputError(f"{source} lacks the tensor {name}; it is incomplete, download it again.")
+            names[path].append(name)
+            used.add(name)
+        if extra := [printable(name) for name in tensors if name not in used]:
             raise InputError(
                 f"{source} holds the tensor {first_of(extra)}, which is not part of a {config.model_type}."
             )
@@ -153,12 +154,14 @@ def copy_assets(source: Path, folder: Path) -> None:
     """Copies tokenizer files, generation_config.json and Qwen1's code files from one model folder to another."""
     for pattern in _ASSETS:
         for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+            with reading(file):
+                content = file.read_bytes()
+            (folder / file.name).write_bytes(content)
 
 
 def read_hf_extra(folder: Path) -> dict[str, Any]:
     """The keys of a folder's config.json that ModelConfig does not hold but an export should keep."""
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_json(folder / "config.json")
     return {key: raw[key] for key in _TOKEN_KEYS if raw.get(key) is not None}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax.checked import MAX_LAYERS, flag, number, printable, shown, whole
 from qwen_jax.config import LinearScaling, ModelConfig, ModelType, MoeConfig, RopeScaling, YarnScaling
 from qwen_jax.errors import InputError
 from qwen_jax.weights.stored import StoredTensor
@@ -39,7 +40,7 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTensor]
     """
     path = Path(path)
     metadata, tensors = _read_file(path)
-    count = int(metadata.get("split.count", 0))
+    count = whole("GGUF key 'split.count'", metadata.get("split.count", 0), least=0)
     if count > 1:
         match = re.fullmatch(r"(.*)-00001-of-\d{5}", path.stem)
         if not match:
@@ -47,9 +48,11 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTensor]
         for part in range(2, count + 1):
             sibling = path.with_name(f"{match[1]}-{part:05}-of-{count:05}.gguf")
             tensors |= _read_file(sibling)[1]
-        declared = int(metadata.get("split.tensors.count", len(tensors)))
+        declared = metadata.get("split.tensors.count", len(tensors))
         if len(tensors) != declared:
-            raise InputError(f"{path} and its parts hold {len(tensors)} tensors, not {declared}; download them again.")
+            raise InputError(
+                f"{path} and its parts hold {len(tensors)} tensors, not {shown(declared)}; get them again."
+            )
     return metadata, tensors
 
 
@@ -59,7 +62,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
             return _parse(path, data)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path, or download the file.") from None
-    except (struct.error, UnicodeDecodeError, MemoryError):
+    except (struct.error, UnicodeDecodeError, MemoryError, OverflowError):
         raise InputError(f"{path} is damaged or truncated ({path.stat().st_size} bytes); download it again.") from None
     except (ValueError, OSError) as error:  # mmap refuses an empty file with ValueError
         raise InputError(f"{path} cannot be read ({error}); download it again.") from None
@@ -75,6 +78,8 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Store
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
         key, at = _string(data, at)
+        if key in metadata:
+            raise InputError(f"{path} is damaged: it has the key {shown(key)} twice; download it again.")
         (kind,) = struct.unpack_from("<I", data, at)
         metadata[key], at = _value(data, at + 4, kind)
 
@@ -82,19 +87,24 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Store
     for _ in range(num_tensors):
         name, at = _string(data, at)
         (rank,) = struct.unpack_from("<I", data, at)
+        if rank > 4:
+            raise struct.error("GGUF tensors have at most four axes")
         *dims, kind, offset = struct.unpack_from(f"<{rank}QIQ", data, at + 4)
         at += 4 + 8 * rank + 12
         headers.append((name, tuple(reversed(dims)), kind, offset))
 
-    alignment = int(metadata.get("general.alignment", 32))
-    start = -(-at // alignment) * alignment
+    alignment = whole("GGUF key 'general.alignment'", metadata.get("general.alignment", 32), most=1 << 20)
+    start = end = -(-at // alignment) * alignment
     tensors = {}
-    for name, shape, kind, offset in headers:
+    for name, shape, kind, offset in sorted(headers, key=lambda header: header[-1]):
         tensor = StoredTensor(path, start + offset, shape, _TENSOR_TYPES.get(kind, f"code {kind}"))
-        if tensor.offset + tensor.num_bytes > len(data):
+        if tensor.offset < end or name in tensors:
+            raise InputError(f"{path} is damaged: tensor {printable(name)} lies over another one; download it again.")
+        end = tensor.offset + tensor.num_bytes
+        if end > len(data):
             raise InputError(
-                f"{path} is truncated: tensor {name} ends at byte {tensor.offset + tensor.num_bytes}, "
-                f"but the file has {len(data)}; download it again."
+                f"{path} is truncated: tensor {printable(name)} ends at byte {end}, but the file has {len(data)}; "
+                "download it again."
             )
         tensors[name] = tensor
     return metadata, tensors
@@ -117,9 +127,11 @@ def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
         if element in _SCALARS:
             end = at + count * struct.calcsize(_SCALARS[element])
             return list(struct.unpack_from(f"<{count}{_SCALARS[element]}", data, at)), end
+        if element != _STRING:
+            raise struct.error(f"array of unknown value type {element}")
         values = []
         for _ in range(count):
-            value, at = _value(data, at, element)
+            value, at = _string(data, at)
             values.append(value)
         return values, at
     if kind not in _SCALARS:
@@ -151,61 +163,66 @@ def config_from_gguf(metadata: dict[str, Any], tensors: dict[str, StoredTensor])
     A GGUF says nothing of Qwen1's dynamic NTK and LogN, so a Qwen1 model has neither.
     """
     arch = metadata.get("general.architecture")
-    if arch not in _MODEL_TYPES:
-        raise InputError(f"GGUF architecture {arch!r} is not a Qwen text model; known: {', '.join(_MODEL_TYPES)}.")
+    if not isinstance(arch, str) or arch not in _MODEL_TYPES:
+        raise InputError(f"GGUF architecture {shown(arch)} is not a Qwen text model; known: {', '.join(_MODEL_TYPES)}.")
     keys = {k.removeprefix(f"{arch}."): v for k, v in metadata.items() if k.startswith(f"{arch}.")}
     if unknown := sorted(set(keys) - _READ_KEYS - _IMPLIED_KEYS):
-        raise InputError(f"unknown GGUF key '{arch}.{unknown[0]}' = {keys[unknown[0]]!r}; it may change the network.")
+        name = shown(f"{arch}.{unknown[0]}")
+        raise InputError(f"unknown GGUF key {name} = {shown(keys[unknown[0]])}; it may change the network.")
 
     def need(name: str) -> Any:
         if name not in keys:
             raise InputError(f"the GGUF lacks the metadata key '{arch}.{name}'; download it again.")
+        if isinstance(keys[name], list):
+            raise InputError(f"GGUF key '{arch}.{name}' differs by layer, which no Qwen text model does.")
         return keys[name]
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise InputError(f"the GGUF lacks the tensor {name}; download it again.")
-        return tensors[name].shape
+    def size(name: str, default: int | None = None, **limits: int) -> int:
+        value = default if default is not None and name not in keys else need(name)
+        return whole(f"GGUF key '{arch}.{name}'", value, **limits)
 
-    hidden, heads = need("embedding_length"), need("attention.head_count")
-    kv_heads = keys.get("attention.head_count_kv", heads)
-    ff = need("feed_forward_length")
-    per_layer = {"attention.head_count": heads, "attention.head_count_kv": kv_heads, "feed_forward_length": ff}
-    for name, value in per_layer.items():
-        if not isinstance(value, int):
-            raise InputError(f"GGUF key '{arch}.{name}' differs by layer, which no Qwen text model does.")
-    head_dim = keys.get("attention.key_length", hidden // heads)
+    def rows(name: str, axis: int) -> int:
+        if name not in tensors or len(tensors[name].shape) < 2:
+            raise InputError(f"the GGUF lacks the tensor {name}; download it again.")
+        return whole(f"a size of tensor {name}", tensors[name].shape[axis])
+
+    hidden, heads = size("embedding_length"), size("attention.head_count")
+    ff = size("feed_forward_length", least=2)
+    head_dim = size("attention.key_length", hidden // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if keys.get(name, head_dim) != head_dim:
             raise InputError(
-                f"GGUF key '{arch}.{name}' is {keys[name]}, but heads are {head_dim} wide; they must agree"
+                f"GGUF key '{arch}.{name}' is {shown(keys[name])}, but heads are {head_dim} wide; they must agree."
             )
     moe = None
     if arch.endswith("moe"):
         softmax = 1
         if keys.get("expert_gating_func", softmax) != softmax:
             raise InputError(f"GGUF key '{arch}.expert_gating_func' is not softmax, which every Qwen's router uses.")
-        shared = "blk.0.ffn_gate_shexp.weight"
         moe = MoeConfig(
-            num_experts=need("expert_count"),
-            top_k=need("expert_used_count"),
-            expert_intermediate_size=shape("blk.0.ffn_gate_exps.weight")[-2],
-            shared_intermediate_size=shape(shared)[0] if arch == "qwen2moe" else 0,
+            num_experts=size("expert_count"),
+            top_k=size("expert_used_count"),
+            expert_intermediate_size=rows("blk.0.ffn_gate_exps.weight", -2),
+            shared_intermediate_size=rows("blk.0.ffn_gate_shexp.weight", 0) if arch == "qwen2moe" else 0,
             # seldom in the metadata: llama.cpp fixes it by architecture
-            norm_topk_prob=keys.get("expert_weights_norm", arch == "qwen3moe"),
+            norm_topk_prob=flag(
+                f"GGUF key '{arch}.expert_weights_norm'", keys.get("expert_weights_norm", arch == "qwen3moe")
+            ),
         )
     return ModelConfig(
         model_type=_MODEL_TYPES[arch],
-        vocab_size=shape("token_embd.weight")[0],
+        vocab_size=rows("token_embd.weight", 0),
         hidden_size=hidden,
-        num_layers=need("block_count"),
+        num_layers=size("block_count", most=MAX_LAYERS),
         num_heads=heads,
-        num_kv_heads=kv_heads,
+        num_kv_heads=size("attention.head_count_kv", heads),
         head_dim=head_dim,
         intermediate_size=ff // 2 if arch == "qwen" else ff,
-        max_position_embeddings=need("context_length"),
-        rms_norm_eps=need("attention.layer_norm_rms_epsilon"),
-        rope_theta=keys.get("rope.freq_base", 10000.0),
+        max_position_embeddings=size("context_length"),
+        rms_norm_eps=number(
+            f"GGUF key '{arch}.attention.layer_norm_rms_epsilon'", need("attention.layer_norm_rms_epsilon"), most=1.0
+        ),
+        rope_theta=number(f"GGUF key '{arch}.rope.freq_base'", keys.get("rope.freq_base", 10000.0)),
         rope_scaling=_rope_scaling(arch, keys),
         tie_word_embeddings="output.weight" not in tensors,
         moe=moe,
@@ -217,16 +234,17 @@ def _rope_scaling(arch: str, keys: dict[str, Any]) -> RopeScaling | None:
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise InputError(f"GGUF rope.scaling.type {kind!r} is not supported; known: none, linear, yarn.")
-    factor = keys.get("rope.scaling.factor", 0)
-    if factor < 1:
-        raise InputError(f"GGUF key '{arch}.rope.scaling.factor' is {factor}; it must be a number of at least 1.")
+        raise InputError(f"GGUF rope.scaling.type {shown(kind)} is not supported; known: none, linear, yarn.")
+    prefix = f"GGUF key '{arch}.rope.scaling."
+    factor = number(f"{prefix}factor'", keys.get("rope.scaling.factor", 0), least=1.0)
     if kind == "linear":
         return LinearScaling(factor)
-    original = keys.get("rope.scaling.original_context_length")
-    if not original:
-        raise InputError(f"the GGUF lacks '{arch}.rope.scaling.original_context_length', which YaRN needs.")
-    betas = {f"beta_{x}": keys[k] for x in ("fast", "slow") if (k := f"rope.scaling.yarn_beta_{x}") in keys}
+    original = whole(f"{prefix}original_context_length'", keys.get("rope.scaling.original_context_length"))
+    betas = {
+        f"beta_{x}": number(f"{prefix}yarn_beta_{x}'", keys[k])
+        for x in ("fast", "slow")
+        if (k := f"rope.scaling.yarn_beta_{x}") in keys
+    }
     return YarnScaling(factor=factor, original_length=original, **betas)
 
 

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen_jax.errors import InputError
+from qwen_jax.weights._files import reading
 from qwen_jax.weights.dequant import BLOCK_FORMATS
 
 PLAIN_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -34,13 +35,13 @@ class StoredTensor:
         if self.encoding not in PLAIN_DTYPES and self.encoding not in BLOCK_FORMATS:
             known = ", ".join([*PLAIN_DTYPES, *BLOCK_FORMATS])
             raise InputError(f"{self.path} holds a tensor of type {self.encoding}, which is not read; known: {known}.")
-        if self.encoding in BLOCK_FORMATS and self.shape[-1] % BLOCK_FORMATS[self.encoding].block_size:
-            raise InputError(f"{self.path} holds {self.encoding} rows of {self.shape[-1]} values, not whole blocks.")
+        if self.encoding in BLOCK_FORMATS and math.prod(self.shape[-1:]) % BLOCK_FORMATS[self.encoding].block_size:
+            raise InputError(f"{self.path} holds {self.encoding} rows of {self.shape[-1:]} values, not whole blocks.")
 
     @property
     def num_bytes(self) -> int:
         """Bytes from `offset` to the end of the tensor."""
-        if self.strides is not None:
+        if self.strides is not None and 0 not in self.shape:
             last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
             return (last + 1) * PLAIN_DTYPES[self.encoding].itemsize
         return self._bytes_of(math.prod(self.shape))
@@ -53,7 +54,11 @@ class StoredTensor:
 
     def _map(self, offset: int, num_bytes: int) -> np.ndarray:
         # A map of its own for every read: its pages leave this process's memory together with the array
-        return np.memmap(self.path, np.uint8, "r", self.offset + offset, (num_bytes,))
+        try:
+            with reading(self.path):
+                return np.memmap(self.path, np.uint8, "r", self.offset + offset, (num_bytes,))
+        except ValueError:
+            raise InputError(f"{self.path} has become shorter since it was opened; download it again.") from None
 
     def rows(self, start: int, stop: int, multiple_of: int = 1) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yields (a, b, values of rows a to b), which together cover rows start to stop along the first axis.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from qwen_jax.weights import checkpoint as checkpoint_module
 from qwen_jax.weights.export import save_hf
 from qwen_jax.weights.load import ParamsCheckpoint, flatten, load_params
 from qwen_jax.weights.open import open_checkpoint
+from qwen_jax.weights.safetensors import read_safetensors
 from tests.weights.tiny import (
     BF16,
     HF_CONFIGS,
@@ -209,19 +212,81 @@ def test_missing_shard_and_broken_index(tmp_path):
     shard = sorted((tmp_path / "m").glob("*.safetensors"))[1]
     shard.unlink()
     refuse(tmp_path / "m", f"lacks the shard {shard.name}")
-    (tmp_path / "m" / "model.safetensors.index.json").write_text("{")
-    refuse(tmp_path / "m", "not a valid index")
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    index.write_text("{")
+    refuse(tmp_path / "m", "is not valid JSON")
+    for content in ([], {}, {"weight_map": None}, {"weight_map": ["a"]}, {"weight_map": {}}):
+        index.write_text(json.dumps(content))
+        refuse(tmp_path / "m", "not a valid index")
+
+
+def test_an_index_names_files_of_its_folder(tmp_path):
+    save_hf(open_checkpoint(make(tmp_path / "in", "qwen2")), tmp_path / "m", max_shard_bytes=60_000, progress=False)
+    good = open_checkpoint(tmp_path / "m").config
+    for shard in (tmp_path / "m").glob("*.safetensors"):  # links to other places are how a cache of downloads is made
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        shard.rename(tmp_path / "blobs" / shard.name)
+        shard.symlink_to(f"../blobs/{shard.name}")
+    assert open_checkpoint(tmp_path / "m").config == good
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    outside = tmp_path / "blobs" / shard.name
+    for name in (f"../blobs/{shard.name}", str(outside), f"/{outside}", f"a/../../blobs/{shard.name}", 5, None, ["a"]):
+        index.write_text(json.dumps({"weight_map": {"x": name}}))
+        refuse(tmp_path / "m", "which is not a file in")
+        (tmp_path / "n").mkdir(exist_ok=True)
+        config = json.loads((tmp_path / "in" / "config.json").read_text()) | {"transformers_weights": name}
+        (tmp_path / "n" / "config.json").write_text(json.dumps(config))
+        if name is not None:
+            refuse(tmp_path / "n", "which is not a file in")
+    for name in ("", ".", "nul\0", "line\nbreak", "x" * 5000):
+        index.write_text(json.dumps({"weight_map": {"x": name}}))
+        refuse(tmp_path / "m", "lacks the shard|which is not a file in")
 
 
 def test_truncated_and_damaged_safetensors(tmp_path):
     folder = make(tmp_path / "m", "qwen2")
     file = folder / "model.safetensors"
     good = file.read_bytes()
-    for length, sentence in ((0, "truncated"), (100, "truncated"), (len(good) - 10, "is truncated: tensor")):
+    for length in (0, 4, 100, len(good) - 10):
         file.write_bytes(good[:length])
-        refuse(folder, sentence)
+        refuse(folder, "is damaged or truncated")
     file.write_bytes(good[:8] + b"x" * (len(good) - 8))
-    refuse(folder, "header is not a safetensors header")
+    refuse(folder, "is damaged or truncated")
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"x": F32 | {"shape": [1], "data_offsets": [-4, 0]}},
+        {"x": F32 | {"shape": [-1, -2]}},
+        {"x": F32 | {"shape": [2.0]}},
+        {"x": F32 | {"data_offsets": [0, 8.0]}},
+        {"x": F32 | {"shape": "ab"}},
+        {"x": F32 | {"shape": [2**62, 2**62]}},
+        {"x": F32 | {"dtype": "F3"}},
+        {"x": F32, "y": F32},
+        {"x": F32 | {"data_offsets": [4, 8], "shape": [1]}},
+        {"x": {}},
+        {"x": 5},
+        [F32],
+    ],
+)
+def test_safetensors_whose_header_lies(tmp_path, header):
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"12345678")
+    with pytest.raises(InputError, match="x.safetensors is damaged or truncated") as error:
+        read_safetensors(tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_safetensors_with_a_nested_header(tmp_path):
+    text = b'{"x":' * 100_000
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(InputError, match="x.safetensors is damaged or truncated"):
+        read_safetensors(tmp_path / "x.safetensors")
 
 
 def test_bad_torch_files(tmp_path):
@@ -238,6 +303,22 @@ def test_bad_torch_files(tmp_path):
     torch.save({"a": Evil()}, file)
     refuse(tmp_path / "m", "code is never run")
     assert not (tmp_path / "ran").exists()
+
+    def saved(state: object) -> bytes:
+        torch.save(state, file)
+        return file.read_bytes()
+
+    good = saved({"a": torch.zeros(1000)})
+    with zipfile.ZipFile(io.BytesIO(good)) as archive, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as small:
+        for record in archive.infolist():
+            small.writestr(record.filename, archive.read(record))
+    refuse(tmp_path / "m", "compressed or overlapping records")
+    saved({"a": bytearray(5)})  # how a small pickle could ask for any memory
+    refuse(tmp_path / "m", "code is never run")
+    saved({"a": torch.zeros(2, 2).to_sparse()})
+    refuse(tmp_path / "m", "code is never run")
+    saved({5: torch.zeros(2)})
+    refuse(tmp_path / "m", "plain tensors by name")
     torch.save({"a": torch.zeros(2)}, file, _use_new_zipfile_serialization=False)
     refuse(tmp_path / "m", "before 1.6")
     torch.save({"a": 1}, file)

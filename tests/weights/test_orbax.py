@@ -94,5 +94,34 @@ def test_incomplete_checkpoints_are_one_sentence(tmp_path):
     with pytest.raises(InputError, match="files of final_norm/scale are incomplete"):
         open_checkpoint(tmp_path / "orbax")
     (tmp_path / "orbax" / "_METADATA").write_text("{")
+    with pytest.raises(InputError, match="_METADATA is not valid JSON"):
+        open_checkpoint(tmp_path / "orbax")
+    (tmp_path / "orbax" / "_METADATA").write_text('{"tree_metadata": [1]}')
     with pytest.raises(InputError, match="_METADATA is damaged"):
         open_checkpoint(tmp_path / "orbax")
+
+
+def test_a_lost_or_damaged_chunk_is_an_error(tmp_path, monkeypatch):
+    """Of ours, and of what Orbax saves in each of its formats, zeros included."""
+    monkeypatch.setattr(checkpoint_module, "BLOCK_BYTES", 5000)
+    source = open_checkpoint(make(tmp_path / "in", "qwen3"))
+    params = load_params(source, progress=False)
+    params["layers"]["mlp"]["up"]["kernel"] *= 0
+    save_orbax(ParamsCheckpoint(params, source.config, source), tmp_path / "ours", progress=False)
+    for name, ocdbt in (("zarr", False), ("ocdbt", True)):
+        with ocp.StandardCheckpointer(use_ocdbt=ocdbt) as checkpointer:
+            checkpointer.save(tmp_path / name, params)
+        (tmp_path / name / "config.json").write_text(json.dumps(source.config.to_hf()))
+        assert_same(load_params(open_checkpoint(tmp_path / name), progress=False), params)
+    for name in ("ours", "zarr"):
+        assert_same(load_params(open_checkpoint(tmp_path / name), progress=False), params)
+        for leaf in ("layers.mlp.gate.kernel", "layers.mlp.up.kernel"):
+            chunk = next(f for f in sorted((tmp_path / name / leaf).rglob("*")) if f.is_file() and f.name != ".zarray")
+            good = chunk.read_bytes()
+            chunk.write_bytes(good[: len(good) // 2])
+            with pytest.raises(InputError, match=f"{leaf.replace('.', '/')} are damaged or lost"):
+                load_params(open_checkpoint(tmp_path / name), progress=False)
+            chunk.unlink()
+            with pytest.raises(InputError, match=f"{leaf.replace('.', '/')} are damaged or lost"):
+                load_params(open_checkpoint(tmp_path / name), progress=False)
+            chunk.write_bytes(good)
