@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from qwen_jax.errors import InputError
+from qwen_jax.errors import Failure, InputError
 
 # name -> (module:function, one line of help); the function takes its own arguments and returns an exit status or None
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -32,7 +32,8 @@ def usage() -> str:
     head = ["usage: qwen-jax COMMAND [options]", "", "Every Qwen, in JAX.", "", "commands:"]
     tail = [
         "",
-        "`qwen-jax COMMAND --help` explains one command. Exit status: 0 good, 1 a check did not hold, 2 bad input.",
+        "`qwen-jax COMMAND --help` explains one command. Exit status: 0 good, 1 a check did not hold, 2 bad input,",
+        "75 the environment failed and trying again may help.",
     ]
     return "\n".join(head + rows + tail)
 
@@ -52,12 +53,12 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point: bad input ends as one sentence on stderr and status 2, Ctrl-C as status 130."""
+    """Entry point: a Failure ends as one sentence on stderr and its status, Ctrl-C as status 130."""
     try:
         status = run(sys.argv[1:] if argv is None else argv)
-    except InputError as error:
+    except Failure as error:
         print(f"qwen-jax: {error}", file=sys.stderr)
-        status = 2
+        status = error.status
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)

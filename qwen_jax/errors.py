@@ -1,5 +1,25 @@
-"""What the user gave cannot be used: one sentence saying what was wrong, what was expected and what to do."""
+"""What ends a command with one sentence, saying what was wrong, what was expected and what to do; and its exit status."""
 
 
-class InputError(Exception):
-    """Bad input. The command line prints its message as one sentence and exits with status 2."""
+class Failure(Exception):
+    """Ends a command; its message is printed as one sentence, without a stack trace."""
+
+    status = 1
+
+
+class InputError(Failure):
+    """Bad input: the same command fails again."""
+
+    status = 2
+
+
+class CheckFailed(Failure):
+    """A number that must hold did not, such as a loss that is not finite."""
+
+    status = 1
+
+
+class EnvironmentFailed(Failure):
+    """A disk, a network or another process failed: the same command may do well later (EX_TEMPFAIL of sysexits.h)."""
+
+    status = 75

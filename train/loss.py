@@ -198,9 +198,9 @@ def balance_loss(stats: RouterStats, counts: RouterStats | None = None) -> jax.A
 
     stats: of this micro-batch, leading axis L. P_e, the mean router probability, is this micro-batch's. f_e, the share
     of assignments, is this micro-batch's too; or, given `counts`, of all micro-batches summed there, so that experts
-    may specialise within one (global-batch balance, arXiv 2501.11873).
+    may specialise within one (global-batch balance, arXiv 2501.11873). A micro-batch without a token has a loss of 0.
     """
     counts = lax.stop_gradient(counts or stats)
-    fraction = jnp.sum(counts.assignments, 0) / jnp.sum(counts.num_tokens)
-    prob = jnp.sum(stats.prob_sums, 0) / jnp.sum(stats.num_tokens)
+    fraction = jnp.sum(counts.assignments, 0) / jnp.maximum(jnp.sum(counts.num_tokens), 1)
+    prob = jnp.sum(stats.prob_sums, 0) / jnp.maximum(jnp.sum(stats.num_tokens), 1)
     return stats.assignments.shape[-1] * jnp.sum(fraction * prob)

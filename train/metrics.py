@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qwen_jax.config import ModelConfig
 from train.aot.flops import model_flops
+from train.files import write_whole
 
 # Dense bfloat16 FLOP/s of one JAX device, by the beginning of its kind: Google's and NVIDIA's published figures.
 # The first that fits counts; a "TPU v5" is a v5p.
@@ -51,7 +53,8 @@ def utilisation(model: ModelConfig, batch_size: int, length: int, seconds: float
 class Recorder:
     """metrics.jsonl, one line per step and evaluation, and the same as TensorBoard events, in one folder.
 
-    A run that goes on from `step` loses the lines after it, which it writes again. A full disk is reported once.
+    A run that goes on from `step` loses the lines after it, which it writes again. A disk that fills later is reported
+    once. Raises EnvironmentFailed where the file cannot be written at the start, and leaves the old one.
     """
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
@@ -60,7 +63,7 @@ class Recorder:
         self.path, self._say = folder / "metrics.jsonl", say
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_whole(self.path, lambda file: file.writelines(json.dumps(line).encode() + b"\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
@@ -83,9 +86,13 @@ class Recorder:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, but for one that a killed run left unfinished; empty if there is no such file."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The lines of a metrics.jsonl, but for what a killed run left unfinished; empty if there is no such file."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 class Display:
@@ -140,6 +147,6 @@ def plot(path: Path) -> Path:
     axes[1].set_yscale("log")
     axes[2].set_ylim(bottom=0)
     curves = path.with_name("curves.png")
-    figure.savefig(curves, dpi=120)
+    write_whole(curves, lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)
     return curves

@@ -224,13 +224,15 @@ def _gradients(
 ) -> tuple[Any, LossSums, jax.Array]:
     """Gradient of the mean loss over the whole batch, its sums, and the mean load-balancing loss."""
     num_tokens = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
+    micro_batches = {name: _micro_batches(array, step.accumulate) for name, array in batch.items()}
+    non_empty = jnp.maximum(jnp.sum(jnp.any(micro_batches["segment_ids"] > 0, axis=(1, 2))), 1)
 
     def loss(trainable: Any, micro_batch: Batch, counts: Any) -> tuple[jax.Array, Any]:
         sums, router = _loss_sums(model, step, merge_frozen(trainable, frozen), micro_batch)
         total, balance = sums.loss / num_tokens, jnp.zeros(())
         if model.moe:
             counts = router if counts is None else jax.tree.map(jnp.add, counts, router)
-            balance = balance_loss(router, counts if step.balance == "global-batch" else None) / step.accumulate
+            balance = balance_loss(router, counts if step.balance == "global-batch" else None) / non_empty
             total += model.moe.aux_loss_coef * balance
         return total, (sums, balance, counts)
 
@@ -249,7 +251,6 @@ def _gradients(
         per_expert = jnp.zeros((model.num_layers, model.moe.num_experts))
         counts = RouterStats(per_expert, per_expert, per_expert[:, 0])
     zeros = (jax.tree.map(jnp.zeros_like, trainable), LossSums(*jnp.zeros(4)), jnp.zeros(()), counts)
-    micro_batches = {name: _micro_batches(array, step.accumulate) for name, array in batch.items()}
     (gradients, sums, balance, _), _ = lax.scan(accumulate, zeros, micro_batches)
     return gradients, sums, balance
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from qwen_jax.errors import InputError
-from train.config import ProcessesConfig, TrainConfig, experiments, load_experiment
+from qwen_jax.errors import CheckFailed, Failure, InputError
+from train.config import TrainConfig, experiments, load_experiment
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -33,7 +33,10 @@ PROFILED_STEPS = 3
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `qwen-jax train EXPERIMENT [--field value ...]`; 143 after SIGTERM and 130 after Ctrl-C, the state saved."""
+    """Runs `qwen-jax train EXPERIMENT [--field value ...]`; 143 after SIGTERM and 130 after Ctrl-C, the state saved.
+
+    A loss that is not finite ends with status 1, a failing disk, data worker or other process with 75.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         rows = [f"  {name:24} {summary}" for name, summary in experiments().items()]
         print("usage: qwen-jax train EXPERIMENT|FILE.py [--field value ...]\n\nexperiments:", *rows, sep="\n")
@@ -55,20 +58,26 @@ def main(argv: Sequence[str]) -> int:
 def train(config: TrainConfig) -> int:
     """Trains, from the last checkpoint in `config.out` if there is one, and returns an exit status.
 
-    Raises InputError for what cannot be run, and for a loss that is not finite.
+    Raises InputError for what cannot be run, CheckFailed for a loss that is not finite, EnvironmentFailed for a disk or
+    data that cannot be read or written now. The state is saved before, where there is one.
     """
     import jax
     import numpy as np
 
     from qwen_jax.sharding import make_mesh
     from qwen_jax.tokenizer import check_tokenizer, load_tokenizer
+    from qwen_jax.weights.default_model import cache_folder
     from train.checkpoint import Checkpoints
     from train.data.loader import make_loader
+    from train.files import write_whole
     from train.metrics import Display, Recorder, plot, utilisation
+    from train.processes import join
     from train.step import abstract_batch, abstract_state, jit_train_step, state_shardings
 
     # --- processes, model, mesh ---------------------------------------------------------------------------------------
-    _join(config.processes)
+    join(config.processes)
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
     is_main = jax.process_index() == 0
     if config.export and config.export.exists():
         raise InputError(f"{config.export} already exists; choose another folder to export to, or remove it first.")
@@ -126,13 +135,13 @@ def train(config: TrainConfig) -> int:
         recorder = Recorder(config.out, done, say) if is_main else None
         if is_main:
             fields = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-            (config.out / "config.json").write_text(fields + "\n", encoding="utf-8")
+            write_whole(config.out / "config.json", lambda file: file.write(fields.encode() + b"\n"))
 
         # --- the loop -------------------------------------------------------------------------------------------------
         display.start(done)
         stack.callback(display.stop)
-        place_before, local = data.get_state(), next(data, None)
-        saved = done
+        place_before, (local, failure) = data.get_state(), _next(data)
+        saved, best = done, checkpoints.best_loss()
         clock = time.perf_counter()
         seconds_per_step = 0.0
         while done < config.steps and local is not None:
@@ -140,7 +149,7 @@ def train(config: TrainConfig) -> int:
                 jax.profiler.start_trace(str(config.out / "profile"))
             place = data.get_state()
             state, metrics = step_fn(state, feed(local))
-            upcoming = next(data, None)  # while the devices work
+            upcoming, failure = _next(data)  # while the devices work
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not values.pop("finite"):
                 file = config.out / f"not-finite-step-{done + 1}-process-{jax.process_index()}.npz"
@@ -148,7 +157,7 @@ def train(config: TrainConfig) -> int:
                 if done > saved:
                     checkpoints.save(state, place_before, run)
                 checkpoints.close()
-                raise InputError(
+                raise CheckFailed(
                     f"the loss or gradient of step {done + 1} is not finite (loss {values['loss']}); its batch is in "
                     f"{file}, and the weights before it in the checkpoint of step {done}; look at the batch, or lower "
                     "the learning rate, and run the same command again."
@@ -168,16 +177,18 @@ def train(config: TrainConfig) -> int:
                 jax.profiler.stop_trace()
                 say(f"a trace of {done - config.profile_at} steps is in {config.out / 'profile'}")
 
-            last = done == config.steps or local is None
-            eval_loss = None
+            last = done == config.steps or (local is None and failure is None)
+            eval_loss, is_best = None, False
             if evaluate and (last or done % config.eval_every == 0):
                 result = evaluate(state)
                 eval_loss = result["eval_loss"]
+                if is_best := best is None or eval_loss < best:
+                    best = eval_loss
                 say(f"step {done}: evaluation loss {eval_loss:.4f}, accuracy {result['eval_accuracy']:.1%}")
                 if recorder:
                     recorder.record(done, result)
             signalled = stop(done)
-            if last or signalled or done % config.checkpoint_every == 0:
+            if last or signalled or failure or is_best or done % config.checkpoint_every == 0:
                 checkpoints.save(state, place, run, eval_loss)
                 saved = done
             if signalled:
@@ -185,6 +196,10 @@ def train(config: TrainConfig) -> int:
                 say(f"stopped at step {done} by {signalled.name}, which is saved; the same command goes on from there")
                 return 128 + signalled
             clock = time.perf_counter()
+
+        if failure:
+            checkpoints.close()
+            raise failure
 
         # --- the end --------------------------------------------------------------------------------------------------
         if done < config.steps:
@@ -200,15 +215,12 @@ def train(config: TrainConfig) -> int:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _join(processes: ProcessesConfig) -> None:
-    import jax
-
-    if processes.coordinator == "auto":
-        jax.distributed.initialize()
-    elif processes.coordinator:
-        if processes.count is None or processes.index is None:
-            raise InputError("processes.coordinator needs processes.count and processes.index beside it.")
-        jax.distributed.initialize(processes.coordinator, processes.count, processes.index)
+def _next(data: DataIterator) -> tuple[dict[str, Any] | None, Failure | None]:
+    """The next batch, None at the end of the data; or why there is none, said when the state is saved."""
+    try:
+        return next(data, None), None
+    except Failure as failure:
+        return None, failure
 
 
 def _base(config: TrainConfig) -> Checkpoint | None:

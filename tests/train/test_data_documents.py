@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.train.data_tools import byte_tokenizer
 from train.data.documents import FIM_TOKENS, Tokenise, mean_tokens
-from train.data.sources import Repository
+from train.data.records import Repository
 
 TOKENIZER = byte_tokenizer()
 PREFIX, SUFFIX, MIDDLE = (TOKENIZER.special_tokens[name] for name in FIM_TOKENS)

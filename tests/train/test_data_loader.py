@@ -10,6 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -130,6 +131,20 @@ def test_a_state_of_other_data_is_refused(tmp_path, config):
         with make_loader(dataclasses.replace(config, **change), TOKENIZER) as loader:
             with pytest.raises(InputError, match=message):
                 loader.set_state(state)
+    texts = numbered_texts(300)
+    for name, change in (("longer", {}), ("other", {}), ("field", {"text_field": "note"})):
+        file = tmp_path / f"{name}.jsonl"
+        written = [text.upper() if name == "other" else text for text in texts] + ["more"] * (name == "longer")
+        file.write_text("".join(json.dumps({"text": text, "note": "n" * len(text)}) + "\n" for text in written))
+        other = dataclasses.replace(config, sources=(SourceConfig(str(file), **change),))
+        with (
+            make_loader(other, TOKENIZER) as loader,
+            pytest.raises(InputError, match="the saved place is of other data"),
+        ):
+            loader.set_state(state)
+    copy = write_jsonl(tmp_path / "copy.jsonl", texts)  # the same texts elsewhere are the same data
+    with make_loader(dataclasses.replace(config, sources=(SourceConfig(str(copy)),)), TOKENIZER) as loader:
+        loader.set_state(state)
     with make_loader(config, TOKENIZER, 1, 2) as loader, pytest.raises(InputError, match="process_index was 0"):
         loader.set_state(state)
 
@@ -209,6 +224,53 @@ if __name__ == "__main__":
     assert (done.stdout, done.stderr, done.returncode) == ("(4, 64)\n", "", 0)
 
 
+WORKERS = """
+import multiprocessing, os, signal, sys, time
+from tests.train.data_tools import byte_tokenizer
+from train.data import packing
+from train.data.config import DataConfig, SourceConfig
+from train.data.loader import make_loader
+
+if __name__ == "__main__":
+    packing.WINDOW_ROWS, packing.WINDOW_TOKENS = 8, 0
+    config = DataConfig((SourceConfig(sys.argv[1]),), sequence_length=64, batch_size=4, num_workers=1)
+    loader = make_loader(config, byte_tokenizer())
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    print(worker.pid, flush=True)
+    input()
+    if sys.argv[2] == "worker":
+        os.kill(worker.pid, signal.SIGKILL)
+        try:
+            for _ in range(1000):
+                next(loader)
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("killed", ["main", "worker"])
+def test_kill_9(tmp_path, config, killed):
+    """Of the main process: its workers end too. Of a worker: one sentence."""
+    (tmp_path / "script.py").write_text(WORKERS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    program = [sys.executable, tmp_path / "script.py", config.sources[0].path, killed]
+    with subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout
+        worker = int(process.stdout.readline())
+        if killed == "worker":
+            text, _ = process.communicate("\n")
+            assert text.startswith("EnvironmentFailed a data worker ended"), text
+            return
+        process.kill()
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{worker}")
+
+
 def test_a_closed_loader_says_so(config):
     loader = make_loader(config, TOKENIZER)
     loader.close()
@@ -250,11 +312,12 @@ def test_nothing_to_learn_is_one_sentence(config):
 def test_a_file_that_breaks_later_is_one_sentence_from_a_worker_too(tmp_path, config):
     folder = tmp_path / "texts"
     folder.mkdir()
-    (folder / "a.txt").write_bytes(b"fine")
-    (folder / "b.txt").write_bytes(b"not \xff fine")
-    config = dataclasses.replace(config, sources=(SourceConfig(str(folder)),), num_workers=1)
+    for number in range(200):
+        (folder / f"{number:03}.txt").write_bytes(b"fine")
+    (folder / "001.txt").write_bytes(b"not \xff fine")
+    config = dataclasses.replace(config, sources=(SourceConfig(str(folder)),), shuffle=False, num_workers=1)
     with (
         make_loader(config, TOKENIZER) as loader,
-        pytest.raises(InputError, match=r"b.txt is not UTF-8 text \(at byte 4"),
+        pytest.raises(InputError, match=r"001.txt is not UTF-8 text \(at byte 4"),
     ):
         next(loader)

@@ -16,7 +16,8 @@ from array_record.python import array_record_module
 from qwen_jax.errors import InputError
 from tests.train.data_tools import write_jsonl
 from train.data.config import SourceConfig
-from train.data.sources import Repository, open_source
+from train.data.records import Repository
+from train.data.sources import fingerprint, open_source
 
 TEXTS = ["one", "", "zwei\n\nZeilen", "三句话。", 'quote " and \\ and \u2028', "x" * 5000]
 
@@ -64,14 +65,77 @@ def test_compressed_jsonl(tmp_path):
                 texts_of(tmp_path / name)
 
 
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+def test_json_is_lines_an_array_or_one_object(tmp_path, monkeypatch, bom):
+    monkeypatch.setattr("train.data.json_lines._READ", 7)  # so that elements are cut wherever a part ends
+    records = [{"text": text, "n": [i, {"a": "]},["}]} for i, text in enumerate(TEXTS)]
+    dense = json.dumps(records, ensure_ascii=False, separators=(",", ":"))
+    for number, text in enumerate((as_jsonl(TEXTS).decode(), dense, json.dumps(records, indent=2))):
+        path = tmp_path / str(number) / "train.json"
+        path.parent.mkdir()
+        path.write_bytes(bom + text.encode())
+        assert texts_of(path) == texts_of(path.parent) == TEXTS
+        (tmp_path / f"{number}.json.gz").write_bytes(gzip.compress(bom + text.encode()))
+        assert texts_of(tmp_path / f"{number}.json.gz") == TEXTS
+    path = tmp_path / "one.json"
+    path.write_bytes(bom + json.dumps(records[2], indent=2).encode())
+    assert texts_of(path) == TEXTS[2:3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'[{"text": "a"}, {"text": "b', "element 2 is not valid JSON, or the file is cut off"),
+        (b'[{"text": "a"} {"text": "b"}]', "element 2 is not valid JSON .no comma"),
+        (b'[{"text": "a"}] x', "goes on after its array's end"),
+        (b'[{"text": "a"}, 12]', "element 2 is int and not an object"),
+        (b'[{"text": "a"}, {"text": "\xff"}]', "element 2 is not valid JSON .it is not UTF-8"),
+        (b"[" * 100_000, "element 1 is not valid JSON"),
+        ('[{"text": "a"}]'.encode("utf-16"), "is UTF-16"),
+    ],
+)
+def test_a_bad_array_is_named(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(text)
+    with pytest.raises(InputError, match=f"a.json,? {message}"):
+        texts_of(path)
+
+
+def test_json_beside_code_is_text(tmp_path):
+    (tmp_path / "package.json").write_text('{"name": "x"}')
+    (tmp_path / "main.py").write_text("a = 1")
+    assert texts_of(tmp_path) == ["a = 1", '{"name": "x"}']
+    assert texts_of(tmp_path, format="text") == ["a = 1", '{"name": "x"}']
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path):
+    def of(path, **options):
+        return fingerprint(open_source(SourceConfig(str(path), **options)))
+
+    first = write_jsonl(tmp_path / "a.jsonl", ["alpha"] * 50)
+    moved = write_jsonl(tmp_path / "b.jsonl", ["alpha"] * 50)
+    other = write_jsonl(tmp_path / "c.jsonl", ["betas"] * 50)
+    assert of(first) == of(moved) != of(other)
+    first.write_text("".join(json.dumps({"text": "alpha", "note": "n"}) + "\n" for _ in range(50)))
+    assert of(first, text_field="note") != of(first)
+
+
 def test_parquet(tmp_path):
     table = pyarrow.table({"content": TEXTS, "n": range(len(TEXTS))})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     assert texts_of(tmp_path / "a.parquet", text_field="content") == TEXTS
     with pytest.raises(InputError, match=r"a.parquet has no column 'text' \(it has: content, n\)"):
         texts_of(tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="the text is int and not a string"):
+    with pytest.raises(InputError, match="a.parquet, row 1: the text is int and not a string"):
         texts_of(tmp_path / "a.parquet", text_field="n")
+    for name, array, message in (
+        ("bytes", pyarrow.array([b"a", b"b"]), "row 1: the text is bytes and not a string"),
+        ("none", pyarrow.array(["a", None]), "row 2: the text is NoneType"),
+        ("utf", pyarrow.array([b"a", b"\xff"]).view(pyarrow.utf8()), "row 2 is not UTF-8"),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table({"text": array}), tmp_path / f"{name}.parquet")
+        with pytest.raises(InputError, match=f"{name}.parquet, {message}"):
+            texts_of(tmp_path / f"{name}.parquet")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="b.parquet is not a Parquet file"):
         texts_of(tmp_path / "b.parquet")
@@ -155,6 +219,7 @@ def test_repositories(tmp_path):
         (b'{"text": null}', "the text is NoneType"),
         (b'["x"]', "is list and not an object"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
+        (b"[" * 100_000, "is not valid JSON .it is nested too deeply"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, cache, line, message):

@@ -102,6 +102,21 @@ def test_global_batch_balance_is_that_of_the_whole_batch_at_the_last_micro_batch
     assert different[0] < different[1]  # a part is never more even than the whole
 
 
+@pytest.mark.parametrize("balance", ["global-batch", "micro-batch"])
+def test_an_empty_micro_batch_counts_nothing(balance):
+    """The last batch of finite data is filled up with rows of padding, which may be whole micro-batches."""
+    batch = packed_batch(8, 32)
+    for array in batch.values():
+        array[2:] = 0  # micro-batch i is rows i and i + 4, so two are empty
+    step = dataclasses.replace(EXACT, accumulate=4, balance=balance)
+    state, metrics = one_step(MOE, batch, step, MOMENT)
+    assert metrics["finite"] == 1
+    two = {name: array[:2] for name, array in batch.items()}
+    expected_state, expected = one_step(MOE, two, dataclasses.replace(step, accumulate=2), MOMENT)
+    assert_trees_close(gradients(state), gradients(expected_state), 1e-5)
+    np.testing.assert_allclose(metrics["balance_loss"], expected["balance_loss"], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "sizes, config",
     [

@@ -22,11 +22,14 @@ class SourceConfig:
     weight: float = 1.0
     """Share of the tokens, relative to the other sources' weights."""
     format: Format = "auto"
-    """`auto` goes by the file names; `hf` needs the package `datasets`."""
+    """`auto` goes by the file names; `jsonl` reads arrays too; `hf` needs the package `datasets`."""
     text_field: str = "text"
     """The field of a record that holds the text."""
     split: str = "train"
     """Of a Hugging Face data set; our corpora have `train` and `held-out`."""
+    on_bad_record: Literal["refuse", "skip"] = "refuse"
+    """A record without its text, or that is not UTF-8: said before training where records are indexed, else when it is
+    met, with file and place; or left out and counted."""
     repo_level: bool = False
     """Documents are whole repositories: records with `repo_name` and `files`, or one sub-folder each."""
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import END_OF_TEXT, Tokenizer
-from train.data.sources import Document, Repository
+from train.data.records import BadRecord, Document, Repository
 
 FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 REPO_TOKENS = ("<|repo_name|>", "<|file_sep|>")
@@ -25,7 +25,7 @@ def cut_in_three(text: str, rng: np.random.Generator) -> tuple[str, str, str]:
 
 
 class Tokenise(grain.transforms.RandomMap):
-    """A document to {"tokens": int32 [N]}, closed by `<|endoftext|>`.
+    """A document to {"tokens": int32 [N]}, closed by `<|endoftext|>`; a bad record to no tokens, and "bad".
 
     A special token that is spelled out in a text is ordinary text. With probability `fim_rate` a document, or the last
     file of a repository, becomes prefix, suffix, middle (PSM), unless it would then not fit a row of `max_tokens`.
@@ -35,6 +35,8 @@ class Tokenise(grain.transforms.RandomMap):
         self._tokenizer, self._fim_rate, self._max_tokens = tokenizer, fim_rate, max_tokens
 
     def random_map(self, element: Document, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        if isinstance(element, BadRecord):
+            return {"tokens": np.zeros(0, np.int32), "bad": np.ones((), bool)}
         head, text = ([], element) if isinstance(element, str) else self._repository(element)
         end = [self._tokenizer.special_tokens[END_OF_TEXT]]
         ids = None

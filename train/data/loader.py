@@ -7,6 +7,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
+import os
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,12 +18,13 @@ import grain
 import numpy as np
 from absl import flags
 
-from qwen_jax.errors import InputError
+from qwen_jax.errors import EnvironmentFailed, InputError
 from qwen_jax.tokenizer import Tokenizer
 from train.data.config import DataConfig, LengthShare
 from train.data.documents import FIM_TOKENS, REPO_TOKENS, Tokenise, check_special_tokens, mean_tokens
 from train.data.packing import BestFit, Concat
-from train.data.sources import Source, open_source
+from train.data.records import Source
+from train.data.sources import fingerprint, open_source
 
 PREFETCHED_BATCHES = 2
 # Sent by a worker at once, because each sending takes as long as tokenising some hundred tokens; and how many it
@@ -62,7 +66,10 @@ def make_loader(
     identity = {
         **dataclasses.asdict(dataclasses.replace(config, sources=config.sources[:1])),
         "sources": [
-            {"documents": len(source), "weight": c.weight, "repo_level": c.repo_level}
+            {
+                "content": f"{len(source)} documents, {fingerprint(source)}",
+                **{name: getattr(c, name) for name in ("weight", "text_field", "repo_level", "on_bad_record")},
+            }
             for source, c in zip(sources, config.sources, strict=True)
         ],
         "tokens in the vocabulary": len(tokenizer),
@@ -147,7 +154,7 @@ class _DocumentsIterator(grain.DatasetIterator):
     def __init__(self, dataset: Documents) -> None:
         super().__init__()
         self._dataset = dataset
-        self._next, self._left_out = 0, 0
+        self._next, self._left_out, self._bad = 0, 0, 0
         self._source: grain.DatasetIterator | None = None
         self._chunk: list[dict[str, np.ndarray]] = []  # the last is next
 
@@ -157,9 +164,10 @@ class _DocumentsIterator(grain.DatasetIterator):
             self._source, self._chunk = self._from(self._next), []
         while True:
             if not self._chunk:
-                self._chunk = next(self._source)[::-1]
+                self._chunk = self._read()[::-1]
             document = self._chunk.pop()
             self._next += 1
+            self._bad += "bad" in document
             if shortest <= len(document["tokens"]) < longest:
                 self._left_out = 0
                 return document
@@ -171,6 +179,16 @@ class _DocumentsIterator(grain.DatasetIterator):
                     "change the length shares, or add documents."
                 )
 
+    def _read(self) -> list[dict[str, np.ndarray]]:
+        assert self._source is not None
+        try:
+            return next(self._source)
+        except RuntimeError as error:  # of grain, when a worker has ended
+            raise EnvironmentFailed(
+                f"a data worker ended ({str(error).splitlines()[0][:100]}), perhaps for lack of memory; run the same "
+                "command again, with fewer `num_workers`."
+            ) from error
+
     def _from(self, start: int) -> grain.DatasetIterator:
         dataset = self._dataset.documents.slice(slice(start, None)).batch(_CHUNK, batch_fn=list)
         read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -179,20 +197,32 @@ class _DocumentsIterator(grain.DatasetIterator):
         # By a pipe: arrays in shared memory outlive a loader that is closed early
         read = grain.experimental.WithOptionsIterDataset(read, grain.experimental.DatasetOptions(min_shm_size=1 << 62))
         options = grain.MultiprocessingOptions(self._dataset.num_workers, _CHUNKS_AHEAD)
-        return read.mp_prefetch(options).__iter__()
+        return read.mp_prefetch(options, worker_init_fn=_end_with_parent).__iter__()
 
     def get_state(self) -> dict[str, Any]:
-        return {"next": self._next}
+        return {"next": self._next, "bad": self._bad}
 
     def set_state(self, state: dict[str, Any]) -> None:
         if self._source is not None:
             self._source.close()
-        self._source, self._next, self._left_out = None, state["next"], 0
+        self._source, self._next, self._bad, self._left_out = None, state["next"], state["bad"], 0
 
     def close(self) -> None:
         super().close()
         if self._source is not None:
             self._source.close()
+
+
+def _end_with_parent(_index: int, _count: int) -> None:
+    """In a worker: ends it when the main process is gone, which a kill leaves no time to say."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _documents(

@@ -1,0 +1,121 @@
+"""The lease on a folder, and files that are whole at every moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from qwen_jax.errors import EnvironmentFailed
+from train import files
+from train.files import Lease, write_whole
+from train.metrics import Recorder, read_lines
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(files, "RENEWED_EVERY", 0.05)
+    monkeypatch.setattr(files, "LOST_AFTER", 0.5)
+
+
+def content(folder) -> dict:
+    return json.loads((folder / ".lease").read_bytes())
+
+
+def test_one_owner_at_a_time(tmp_path):
+    first = Lease(tmp_path / "out")
+    with pytest.raises(EnvironmentFailed, match=f"another run, process {os.getpid()} on .* is at work in"):
+        Lease(tmp_path / "out")
+    first.release()
+    first.release()
+    Lease(tmp_path / "out").release()
+
+
+def test_a_killed_owner_of_this_host_has_lost_it_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOST_AFTER", 1000.0)
+    program = (
+        f"from pathlib import Path; from train.files import Lease\nLease(Path({str(tmp_path)!r}))\n"
+        "print(1, flush=True); input()"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert owner.stdout and owner.stdout.readline() == b"1\n"
+    with pytest.raises(EnvironmentFailed, match=f"process {owner.pid}"):
+        Lease(tmp_path)
+    owner.send_signal(signal.SIGKILL)
+    owner.communicate()
+    Lease(tmp_path).release()
+
+
+def test_an_owner_on_another_host_keeps_it_as_long_as_it_renews(tmp_path):
+    other = {"host": "elsewhere", "process": 7, "token": "x"}
+
+    def renew(count: int) -> None:
+        (tmp_path / ".lease").write_text(json.dumps(other | {"renewed": count}).ljust(512))
+
+    renew(0)
+    began = time.monotonic()
+    lease = Lease(tmp_path)  # nobody renews it
+    assert time.monotonic() - began >= 0.5
+    renew(1)  # the other one was only away, and takes it back
+    time.sleep(0.3)
+    assert lease.lost
+    lease.release()
+    assert content(tmp_path)["host"] == "elsewhere"
+
+    def keep_renewing() -> None:
+        for count in range(2, 40):
+            renew(count)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=keep_renewing)
+    thread.start()
+    time.sleep(0.1)
+    with pytest.raises(EnvironmentFailed, match="process 7 on elsewhere"):
+        Lease(tmp_path)
+    thread.join()
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from qwen_jax.errors import EnvironmentFailed
+from train.metrics import Recorder
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for limit in (0, 1, 5_000, 20_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        Recorder(Path(sys.argv[1]), 400, print)
+    except EnvironmentFailed as error:
+        assert "file too large" in str(error)
+    else:
+        raise SystemExit(f"a file of more than {limit} bytes was written")
+"""
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": i, "pad": "x" * 100}) + "\n" for i in range(1, 501)]
+    path.write_text("".join(lines) + '{"step": 501, "lo')  # as a kill leaves it
+    before = path.read_bytes()
+    subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], check=True)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["metrics.jsonl"]
+    Recorder(tmp_path, 400, print).close()
+    assert [line["step"] for line in read_lines(path)] == list(range(1, 401))
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path):
+    def fail(file) -> None:
+        file.write(b"half")
+        raise ValueError
+
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(ValueError):
+        write_whole(tmp_path / "a", fail)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"old")]
