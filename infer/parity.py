@@ -19,11 +19,12 @@ import numpy as np
 
 from infer import torch_reference
 from infer.decode import MAX_STEPS, bucket, decode, pad_prompts, prefill
+from infer.prepare import prepare
 from infer.torch_reference import Trace
 from qwen_jax.backend import Backend
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers.moe import load_balancing_loss
-from qwen_jax.model import Params, forward, unembed, unstack
+from qwen_jax.model import Params, forward, unembed
 from qwen_jax.weights.load import get_leaf, load_params
 from qwen_jax.weights.names import leaves
 from qwen_jax.weights.open import open_checkpoint
@@ -131,7 +132,8 @@ def _check_float32(
         gradients.clear()
     if greedy_tokens:
         say(f"JAX decodes {greedy_tokens} tokens after {len(starts)} prompts")
-        measures.append(compare_greedy(continued, greedy(config, unstack(params), starts.tolist(), greedy_tokens)))
+        params = prepare(params, Backend.of(params), donate=True)
+        measures.append(compare_greedy(continued, greedy(config, params, starts.tolist(), greedy_tokens)))
     return measures, depth
 
 
@@ -150,7 +152,7 @@ def _check_bfloat16(path: Path, tokens: np.ndarray, say: Say) -> tuple[list[Meas
     checkpoint = open_checkpoint(path)
     # as it is served
     params = load_params(checkpoint, jnp.bfloat16, progress=False)
-    params = unstack(params, Backend.of(params).mlp_in_parts)
+    params = prepare(params, Backend.of(params), donate=True)
     say(f"JAX runs {tokens.shape[1]} tokens in bfloat16")
     found = trace(checkpoint.config, params, tokens)
     theirs, their_depth = compare_traces(exact, rounded, label="PyTorch bfloat16")

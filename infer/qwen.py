@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infer.decode import MAX_STEPS, DecodeState, Produced, bucket, decode, half_bucket, pad_prompts, prefill, widen
+from infer.prepare import prepare
 from infer.sampling import Sampling, SamplingRows
 from qwen_jax import chat
 from qwen_jax.backend import Backend
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.model import Params, param_shardings, unstack
+from qwen_jax.model import Params, param_shardings
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.tokenizer import Tokenizer, check_tokenizer
 from qwen_jax.weights.default_model import cache_folder
@@ -73,8 +74,10 @@ class Qwen:
         tokenizer: Tokenizer,
         generation_config: Mapping[str, Any] | None = None,
         mesh: Mesh | None = None,
+        *,
+        donate: bool = False,
     ) -> None:
-        """`params` with layers stacked are taken over: they are unstacked and must not be used afterwards.
+        """The model holds what `prepare` makes of `params`, which stay the caller's unless `donate`d.
 
         With a mesh, `params` lie on it as `model.param_shardings` says.
         """
@@ -84,10 +87,8 @@ class Qwen:
         self.mesh = mesh
         self.generation_config = dict(generation_config or {})
         self.backend = Backend.of(params)
-        if not isinstance(params["layers"], tuple):
-            in_parts = self.backend.mlp_in_parts and mesh is None and params["embed"]["embedding"].dtype == jnp.bfloat16
-            params = unstack(params, in_parts)
-        self.params = params
+        with self.entered():
+            self.params = prepare(params, self.backend, donate=donate)
         self._generation = chat.generation_of(config, tokenizer)
         self.chat_template = tokenizer.chat_template or chat.default_template(self._generation)
 
@@ -351,4 +352,4 @@ def load(
         on_mesh = make_mesh(MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh, model=config)
         shardings = param_shardings(config, on_mesh)
     params = load_params(checkpoint, jnp.dtype(dtype), shardings, progress=progress)
-    return Qwen(config, params, tokenizer, checkpoint.generation_config(), on_mesh)
+    return Qwen(config, params, tokenizer, checkpoint.generation_config(), on_mesh, donate=True)

@@ -34,8 +34,6 @@ class Backend:
     """of keys and values that are kept; None: as the activations"""
     min_decode_rows: int = 1
     """rows that take as long to decode as one"""
-    mlp_in_parts: bool = False
-    """feed-forwards in bfloat16 are multiplied in parts, see `layers.mlp.in_parts`"""
     ragged_exchange: bool = True
     """whether devices can exchange pieces of unequal lengths"""
     interpret: bool = False
@@ -62,7 +60,6 @@ class Backend:
                     "cpu",
                     product_dtype=jnp.dtype(jnp.float32),
                     cache_dtype=jnp.dtype(jnp.float32),
-                    mlp_in_parts=True,
                     ragged_exchange=False,
                 )
 

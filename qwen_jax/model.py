@@ -26,7 +26,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.layers.attention import Attention, AttentionSpec, take_token
 from qwen_jax.layers.embedding import Embedding
 from qwen_jax.layers.linear import residual_std
-from qwen_jax.layers.mlp import Mlp, in_parts
+from qwen_jax.layers.mlp import Mlp
 from qwen_jax.layers.moe import Moe, RouterStats
 from qwen_jax.layers.norm import RMSNorm
 from qwen_jax.layers.rope import Rotary, rotary_tables
@@ -156,20 +156,20 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     return shardings(logical_axes(config), abstract(config), mesh)
 
 
-def unstack(params: Params, mlp_in_parts: bool = False) -> Params:
-    """The same parameters with every layer in its own buffers, for an unrolled decode loop. Consumes a stacked tree
-    one leaf at a time, so that at most one leaf exists twice. mlp_in_parts: see `layers.mlp.in_parts`."""
-    flat, treedef = jax.tree.flatten(params.pop("layers"))
+def unstack(params: Params, *, donate: bool = False) -> Params:
+    """The same parameters with every layer in its own buffers, for an unrolled decode loop.
+
+    donate: frees the stacked layers one leaf at a time, so that at most one leaf exists twice.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    flat, treedef = jax.tree.flatten(params["layers"])
     split = []
-    while flat:
-        stacked = flat.pop(0)
+    for stacked in flat:
         split.append([stacked[i] for i in range(stacked.shape[0])])
-        stacked.delete()
+        if donate:
+            stacked.delete()
     layers = tuple(treedef.unflatten([leaf[i] for leaf in split]) for i in range(len(split[0])))
-    del split
-    for layer in layers:
-        if mlp_in_parts and "mlp" in layer:
-            layer["mlp"] = in_parts(layer["mlp"])
     return params | {"layers": layers}
 
 

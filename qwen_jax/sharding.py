@@ -117,6 +117,8 @@ class Rules:
 
 
 RULES = Rules()
+# Parameters are whole along these when a layer computes with them.
+GATHERED = ("embed", "expert_embed")
 
 
 # --- the mesh ---------------------------------------------------------------------------------------------------------
@@ -247,13 +249,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return lax.with_sharding_constraint(x, activation_spec(mesh, x.shape, *axes))
 
 
-def gathered(param: jax.Array, axes: Sequence[str]) -> jax.Array:
+def gathered(param: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """A parameter as a layer computes with it: whole along the width that FSDP splits. Its gradient leaves split."""
     mesh = current_mesh()
     if mesh is None:
         return param
     parts = activation_spec(mesh, param.shape, *axes)
-    whole = activation_spec(mesh, param.shape, *(None if axis in ("embed", "expert_embed") else axis for axis in axes))
+    whole = activation_spec(mesh, param.shape, *(None if axis in GATHERED else axis for axis in axes))
     if whole == parts:
         return param
 

@@ -1,23 +1,19 @@
 """Mixture of experts: softmax over all experts, then top-k; dropless, as grouped matrix products."""
 
-from typing import Any
-
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.backend import current_backend
 from qwen_jax.config import MoeConfig
-from qwen_jax.layers.linear import Linear, product_dtype
-from qwen_jax.layers.mlp import Mlp, swiglu
+from qwen_jax.layers.linear import Linear
+from qwen_jax.layers.mlp import Mlp
+from qwen_jax.layers.param import declare
 from qwen_jax.layers.sharded_experts import NARROW, WIDE, sharded_experts
+from qwen_jax.leaves import Leaf, grouped_matmul, swiglu
 from qwen_jax.sharding import constrain, current_mesh
-
-# lhs [rows, in] grouped along rows, rhs [E, out, in]
-_GROUPED = lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-)
 
 
 class RouterStats(flax.struct.PyTreeNode):
@@ -37,22 +33,22 @@ def load_balancing_loss(stats: RouterStats) -> jax.Array:
     return stats.assignments.shape[-1] * jnp.sum(fraction * prob)
 
 
-def expert_mlp(rows: jax.Array, group_sizes: jax.Array, kernels: tuple[jax.Array, ...]) -> jax.Array:
+def expert_mlp(rows: jax.Array, group_sizes: jax.Array, kernels: tuple[Leaf, ...]) -> jax.Array:
     """Each expert's SwiGLU on its rows: rows [N, D], the first group_sizes[0] of them for expert 0 and so on.
 
-    kernels: gate and up [E, M, D], down [E, D, M]. Returns [N, D] in rows' dtype or float32, whichever is the faster
-    (`product_dtype`); rows beyond the groups are undefined.
+    kernels: gate and up [E, M, D], down [E, D, M]. Returns [N, D] in rows' dtype or float32, whichever is the faster;
+    rows beyond the groups are undefined.
     """
+    dtype = current_backend().product_dtype or rows.dtype
 
-    def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        dtype = product_dtype(rows.dtype)
-        return lax.ragged_dot_general(x, kernel, group_sizes, _GROUPED, preferred_element_type=dtype)
+    def grouped(x: jax.Array, kernel: Leaf) -> jax.Array:
+        return grouped_matmul(kernel, x, group_sizes, dtype)
 
     gate, up, down = kernels
     return grouped(swiglu(grouped(rows, gate).astype(rows.dtype), grouped(rows, up).astype(rows.dtype)), down)
 
 
-def routed(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: tuple[jax.Array, ...]) -> jax.Array:
+def routed(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: tuple[Leaf, ...]) -> jax.Array:
     """sum_k weights[n, k] expert_{chosen[n, k]}(x[n]); x [N, D], chosen and weights [N, k]; float32 [N, D]."""
     num_experts, top_k = kernels[0].shape[0], chosen.shape[-1]
     order = jnp.argsort(chosen.reshape(-1), stable=True)  # rows by expert
@@ -75,10 +71,9 @@ class Experts(nn.Module):
         wide = (self.moe.num_experts, self.moe.expert_intermediate_size, self.hidden_size)
         narrow = (self.moe.num_experts, self.hidden_size, self.moe.expert_intermediate_size)
 
-        def kernel(name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-            init = nn.with_logical_partitioning(nn.initializers.normal(self.std), axes)
-            param: Any = self.param(name, init, shape)  # what FSDP splits is gathered by `sharded_experts`
-            return param.astype(x.dtype)
+        def kernel(name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Leaf:
+            # what FSDP splits is gathered by `sharded_experts`
+            return declare(self, name, nn.initializers.normal(self.std), shape, axes)
 
         kernels = (kernel("gate", wide, WIDE), kernel("up", wide, WIDE), kernel("down", narrow, NARROW))
         mesh = current_mesh()

@@ -6,7 +6,6 @@ No token is dropped. The price is a buffer for the worst case, in which every ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,10 @@ from jax import lax
 from jax.sharding import AbstractMesh
 
 from qwen_jax.backend import current_backend
+from qwen_jax.leaves import Leaf, gathered_in_shards, specs
 from qwen_jax.sharding import activation_spec
 
-Kernels = tuple[jax.Array, ...]
+Kernels = tuple[Leaf, ...]
 
 # Logical axes of the gate's and up's kernels, and of the down's.
 WIDE, NARROW = ("expert", "expert_mlp", "expert_embed"), ("expert", "expert_embed", "expert_mlp")
@@ -38,19 +38,14 @@ def sharded_experts(
     """
     tensor = mesh.shape["tensor"]
     x_spec = activation_spec(mesh, x.shape, "batch", "sequence", None)
-    wide, narrow = activation_spec(mesh, kernels[0].shape, *WIDE), activation_spec(mesh, kernels[2].shape, *NARROW)
+    axes = (WIDE, WIDE, NARROW)
+    kernel_specs = tuple(specs(*pair, mesh) for pair in zip(kernels, axes, strict=True))
     # where the tokens divide, the partial sums over `tensor` leave as the parts that the residual stream is kept in
     scatter = tensor > 1 and x.shape[1] % (mesh.shape["context"] * tensor) == 0
     y_spec = activation_spec(mesh, x.shape, "batch", "residual" if scatter else "sequence", None)
 
-    def gathered(kernel: jax.Array, dimension: int, over: Any) -> jax.Array:
-        for axis in reversed(jax.tree.leaves(over)):
-            kernel = lax.all_gather(kernel, axis, axis=dimension, tiled=True)
-        return kernel
-
     def body(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: Kernels) -> jax.Array:
-        gate, up, down = kernels
-        kernels = (gathered(gate, 2, wide[2]), gathered(up, 2, wide[2]), gathered(down, 1, narrow[1]))
+        kernels = tuple(gathered_in_shards(*each) for each in zip(kernels, axes, kernel_specs, strict=True))
         flat = x.reshape(-1, x.shape[-1])
         chosen, weights = chosen.reshape(len(flat), -1), weights.reshape(len(flat), -1)
         if mesh.shape["expert"] == 1:
@@ -64,7 +59,7 @@ def sharded_experts(
             y = lax.psum(y, "tensor")
         return y.astype(x.dtype)
 
-    in_specs = (x_spec, x_spec, x_spec, (wide, wide, narrow))
+    in_specs = (x_spec, x_spec, x_spec, kernel_specs)
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=y_spec, check_vma=False)(
         x, chosen, weights, kernels
     )

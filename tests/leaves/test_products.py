@@ -1,34 +1,46 @@
-"""`project` multiplies differently for one row, for few and for many; every way is NumPy's product in float64."""
+"""Products with dense and packed weights are NumPy's in float64, for one row, for few and for many."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.layers.linear import FEW_ROWS, project
+from qwen_jax.kernels.cpu import FEW_ROWS
+from qwen_jax.leaves import Packed, lookup, matmul
 
 
 @pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_in", [1, 2])
-def test_values_and_gradients(rows: int, dtype: str, num_in: int) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_and_gradients(rows: int, dtype: str, num_in: int, packed: bool) -> None:
     shape = (3, 5, 16) if num_in == 1 else (16, 3, 5)
     rng = np.random.default_rng(rows)
     kernel = jnp.asarray(rng.standard_normal(shape), dtype)
     x = jnp.asarray(rng.standard_normal((rows, 1, *shape[-num_in:])), dtype)
     dy = jnp.asarray(rng.standard_normal((rows, 1, *shape[:-num_in])), dtype)
 
-    y, transposed = jax.vjp(lambda kernel, x: project(kernel, x, num_in), kernel, x)
-    got = (y, *transposed(dy.astype(y.dtype)))
+    weight = Packed((kernel[:7], kernel[7:]), 0) if packed and num_in == 2 else Packed((kernel,)) if packed else kernel
+    y, transposed = jax.vjp(lambda weight, x: matmul(weight, x, num_in), weight, x)
+    d_weight, dx = transposed(dy.astype(y.dtype))
+    d_kernel = d_weight.dense() if packed else d_weight
 
     exact = np.asarray(kernel, np.float64).reshape(-1, 16 if num_in == 1 else 15)
     flat = np.asarray(x, np.float64).reshape(rows, -1)
     dy_flat = np.asarray(dy, np.float64).reshape(rows, -1)
     want = (flat @ exact.T, dy_flat.T @ flat, dy_flat @ exact)
     assert y.dtype == jnp.float32
-    for result, like, reference in zip(got, (dy, kernel, x), want, strict=True):
+    for result, like, reference in zip((y, d_kernel, dx), (dy, kernel, x), want, strict=True):
         assert result.shape == like.shape
         # sums of at most 65 products in float32; gradients are rounded once to their own type
         tolerance = 2e-6 if result.dtype == jnp.float32 else 2**-8
         error = np.linalg.norm(np.asarray(result, np.float64).reshape(reference.shape) - reference)
         assert error <= tolerance * np.linalg.norm(reference)
+
+
+def test_lookup_of_rows_that_are_not_there() -> None:
+    table = jnp.arange(12.0).reshape(4, 3)
+    ids = jnp.array([[3, 4], [0, 100]])
+    for weight in (table, Packed((table,))):
+        found = lookup(weight, ids)
+        np.testing.assert_array_equal(found, [[[9, 10, 11], [0, 0, 0]], [[0, 1, 2], [0, 0, 0]]])

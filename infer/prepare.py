@@ -1,0 +1,52 @@
+"""Parameters as decoding wants them: one pure function of the tree that training, checkpoints and conversion share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from qwen_jax.backend import Backend
+from qwen_jax.leaves import Packed, pack_mlp
+from qwen_jax.model import Params, unstack
+from qwen_jax.sharding import current_mesh
+
+
+def prepare(params: Params, backend: Backend, *, dtype: DTypeLike | None = None, donate: bool = False) -> Params:
+    """The parameters with every layer in buffers of its own and, for a CPU without a mesh, matrices packed.
+
+    dtype: casts what is floating. The input stays whole, and what needs no change is shared with it; with `donate` it
+    must not be used afterwards: its layers are freed one leaf at a time, so that at most one exists twice. Without
+    `donate` it may be traced, under `jax.jit` say, to reshard parameters from training to decoding. Prepared
+    parameters may be prepared again.
+    """
+
+    def cast(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    params = unstack(params, donate=donate)
+    params = jax.tree.map(lambda leaf: cast(jnp.asarray(leaf)), params)
+    return _packed(params) if backend.kernels == "cpu" and current_mesh() is None else params
+
+
+def _packed(tree: Any) -> Any:
+    if isinstance(tree, tuple):
+        return tuple(map(_packed, tree))
+    if not isinstance(tree, dict):
+        return tree
+    if "gate" in tree and _is_bfloat16(tree["gate"]):
+        names = ("gate", "up", "down")
+        packed = pack_mlp(*(tree[name]["kernel"] for name in names))
+        return {name: {"kernel": weight} for name, weight in zip(names, packed, strict=True)}
+    return {
+        name: Packed((leaf,)) if name in ("kernel", "embedding") and isinstance(leaf, jax.Array) else _packed(leaf)
+        for name, leaf in tree.items()
+    }
+
+
+def _is_bfloat16(linear: Any) -> bool:
+    """Whether this is a dense kernel in bfloat16: in float32, an MLP gains nothing by parts (docs/performance.md)."""
+    kernel = linear["kernel"] if isinstance(linear, dict) else None
+    return isinstance(kernel, jax.Array) and kernel.dtype == jnp.bfloat16

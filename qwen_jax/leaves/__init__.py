@@ -1,0 +1,32 @@
+"""What may stand for a weight in the parameter tree, and the products that the model makes with one."""
+
+from qwen_jax.leaves.packed import Packed, pack_mlp
+from qwen_jax.leaves.project import project, swiglu, swiglu_mlp
+from qwen_jax.leaves.weight import (
+    Leaf,
+    Weight,
+    gathered,
+    gathered_in_shards,
+    grouped_matmul,
+    lookup,
+    map_arrays,
+    matmul,
+    specs,
+)
+
+__all__ = [
+    "Leaf",
+    "Packed",
+    "Weight",
+    "gathered",
+    "gathered_in_shards",
+    "grouped_matmul",
+    "lookup",
+    "map_arrays",
+    "matmul",
+    "pack_mlp",
+    "project",
+    "specs",
+    "swiglu",
+    "swiglu_mlp",
+]
