@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
 from infer.arguments import ModelArguments, SamplingArguments, closing_line
 from qwen_jax.errors import InputError
+from qwen_jax.local_path import local_path
 
 if TYPE_CHECKING:
     from infer.qwen import Qwen
@@ -105,7 +105,7 @@ class Conversation:
         if not file:
             raise InputError("give a file name: /save FILE.")
         try:
-            Path(file).write_text(json.dumps(self._all(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            local_path(file).write_text(json.dumps(self._all(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{file} could not be written ({error.strerror}).") from None
         print(f"saved {file}")

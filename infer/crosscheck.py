@@ -17,6 +17,7 @@ import tyro
 
 from qwen_jax.config import ModelType
 from qwen_jax.errors import InputError
+from qwen_jax.local_path import LocalPath
 
 if TYPE_CHECKING:
     from infer.parity import Measure, Report
@@ -45,7 +46,7 @@ class Crosscheck:
     """tokens to decode after each of the built-in prompts; 0 leaves it out"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """what to compute in"""
-    plot: Path | None = None
+    plot: LocalPath | None = None
     """write the error by depth to this PNG file"""
     json: bool = False
     """print a JSON list, with the gradient of every single tensor"""
@@ -114,6 +115,8 @@ def _random_reports(options: Crosscheck, say: Callable[[str], None]) -> Iterator
 
 
 def _real_report(options: Crosscheck, say: Callable[[str], None]) -> Report:
+    import numpy as np
+
     from infer.parity_texts import TEXTS
     from qwen_jax.tokenizer import load_tokenizer
     from qwen_jax.weights.checkpoint import TensorCheckpoint
@@ -122,8 +125,14 @@ def _real_report(options: Crosscheck, say: Callable[[str], None]) -> Report:
     checkpoint = open_checkpoint(options.model)
     if not isinstance(checkpoint, TensorCheckpoint):
         raise InputError(f"PyTorch cannot read {options.model}; `qwen-jax convert` it to a Hugging Face folder first.")
-    prompts = load_tokenizer(checkpoint.source).encode_batch(TEXTS)
-    return _check(checkpoint.source, prompts, options, options.model, say)
+    name = options.model
+    try:
+        prompts = load_tokenizer(checkpoint.source).encode_batch(TEXTS)
+    except InputError as error:  # the weights can be compared all the same
+        say(f"random ids instead of text: {error}")
+        drawn, name = np.random.default_rng(0), f"{name}, random ids"
+        prompts = [drawn.integers(0, checkpoint.config.vocab_size, len(text)).tolist() for text in TEXTS]
+    return _check(checkpoint.source, prompts, options, name, say)
 
 
 def _check(path: Path, prompts: list[list[int]], options: Crosscheck, name: str, say: Callable[[str], None]) -> Report:

@@ -18,6 +18,7 @@ import tyro
 from infer.arguments import ModelArguments
 from infer.evaluate_schemes import GRAMMAR, with_scheme
 from qwen_jax.errors import InputError
+from qwen_jax.local_path import LocalPath
 
 if TYPE_CHECKING:
     from infer.qwen import Qwen
@@ -30,9 +31,9 @@ class LengthArguments(ModelArguments):
     rope: Annotated[tuple[str, ...], tyro.conf.arg(help=f"Schemes to compare in one run, each: {GRAMMAR}.")] = ("own",)
     trained: int | None = None
     """Trained length that schemes start from; default what the checkpoint's config says."""
-    text: tuple[Path, ...] = ()
+    text: tuple[LocalPath, ...] = ()
     """Text files, UTF-8, also .gz."""
-    plot: Path | None = None
+    plot: LocalPath | None = None
     """Write a picture to this PNG file."""
     json: bool = False
     """Print a JSON list instead of a table."""
@@ -192,7 +193,7 @@ class Sparse(ModelArguments):
     The result is the sparse_attention_config.json of a Qwen2.5-1M folder.
     """
 
-    text: tuple[Path, ...] = ()
+    text: tuple[LocalPath, ...] = ()
     """Text files, UTF-8, also .gz, to calibrate on."""
     tokens: int = 4096
     """Length of the calibration prompt; the budgets hold for lengths like it."""
@@ -207,7 +208,7 @@ class Sparse(ModelArguments):
     """What a head below the recall gets more of both, each round."""
     rounds: int = 8
     """At most so many rounds."""
-    output: Path | None = None
+    output: LocalPath | None = None
     """Write the budgets found to this JSON file."""
     json: bool = False
     """Print a JSON list of the rounds instead of a table."""

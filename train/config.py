@@ -12,6 +12,7 @@ import tyro
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.local_path import LocalPath, local_path
 from qwen_jax.sharding import MeshConfig
 from train.data.config import DataConfig
 from train.optimizer import OptimizerConfig
@@ -41,7 +42,7 @@ class TrainConfig:
     """What is learned."""
     steps: int
     """Updates of the weights in all."""
-    out: Path
+    out: LocalPath
     """Folder of checkpoints, metrics and final weights. A run that finds checkpoints there goes on from the last."""
     model: str = "default"
     """Weights to start from: `default`, a folder, a .gguf file or a Hugging Face id. Its tokenizer is used too."""
@@ -73,10 +74,11 @@ class TrainConfig:
     """Steps between lines where the output is no terminal. Metrics are recorded at every step."""
     profile_at: int | None = None
     """Step from which three steps are traced for TensorBoard's profiler and Perfetto."""
-    export: Path | None = None
+    export: LocalPath | None = None
     """Folder to write the final weights to in Hugging Face's form, bfloat16, besides our own in OUT/final."""
 
     def __post_init__(self) -> None:
+        local_path(self.out)
         counts = ("steps", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every")
         if wrong := [name for name in counts if getattr(self, name) < 1]:
             raise InputError(f"{wrong[0]} is {getattr(self, wrong[0])}; it must be at least 1.")

@@ -18,6 +18,7 @@ import tyro
 
 from qwen_jax.config import MoeConfig
 from qwen_jax.errors import InputError
+from qwen_jax.local_path import LocalPath
 from qwen_jax.weights.checkpoint import Checkpoint, Index
 from qwen_jax.weights.names import leaves
 from qwen_jax.weights.open import open_checkpoint
@@ -32,7 +33,7 @@ class Arguments:
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """The dense model: `default`, a folder, a .gguf file, or a Hugging Face id."""
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    dst: Annotated[LocalPath, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to write; it must not exist yet."""
     experts: int = 60
     """Routed experts of each layer."""

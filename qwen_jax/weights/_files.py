@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qwen_jax.errors import InputError
+from qwen_jax.local_path import local_path
 
 
 @contextlib.contextmanager
@@ -22,7 +23,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
     What a killed process left is removed by the next one that writes the same destination. Raises InputError when
     `destination` exists, or when writing fails (a full disk).
     """
-    with writing(destination):
+    with writing(local_path(destination)):
         if destination.exists():
             raise InputError(f"{destination} already exists; choose another folder, or remove it first.")
         destination.parent.mkdir(parents=True, exist_ok=True)

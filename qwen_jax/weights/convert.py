@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from qwen_jax.local_path import LocalPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Arguments:
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """'default', a folder (safetensors, .bin, Orbax), a .gguf file, or a Hugging Face id."""
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    dst: Annotated[LocalPath, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to write; it must not exist yet."""
     to: Literal["orbax", "hf"] = "orbax"
     """Our Orbax checkpoint, or a Hugging Face folder with safetensors."""

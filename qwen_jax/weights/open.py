@@ -16,6 +16,7 @@ import numpy as np
 from qwen_jax.checked import printable, read_json, shown
 from qwen_jax.errors import InputError
 from qwen_jax.hf_config import load_config
+from qwen_jax.local_path import local_path
 from qwen_jax.weights import gguf
 from qwen_jax.weights.checkpoint import BLOCK_BYTES, Checkpoint, TensorCheckpoint, first_of, read_hf_extra
 from qwen_jax.weights.names import leaves
@@ -33,7 +34,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     checkpoint that we wrote. Weights are checked against the configuration but not read. Raises InputError when the
     model does not exist, is incomplete, or its tensors do not match its configuration.
     """
-    path = Path(model)
+    path = local_path(model)
     if str(model) == "default":
         from qwen_jax.weights.default_model import default_model
 

@@ -87,3 +87,11 @@ def test_worst_of_each_kind_shows_nan(capsys: pytest.CaptureFixture[str]) -> Non
     print_report(parity.Report("m", "float32", 8, measures, {}))
     out = capsys.readouterr().out
     assert "gradient a, worst of 3" in out and "nan" in out and "2 of 3 limits hold" in out
+
+
+def test_a_folder_without_a_tokenizer_is_compared_on_random_ids(tmp_path: Path, capsys) -> None:
+    from infer.torch_reference import variants, write_random
+
+    write_random(variants("qwen2")["tied"], tmp_path)
+    assert main([str(tmp_path), "--tokens", "16", "--greedy", "0", "--gradient-tokens", "0"]) == 0
+    assert "random ids" in capsys.readouterr().out

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.hf_config import load_config
+from qwen_jax.local_path import local_path
 from qwen_jax.presets import load_preset
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Program:
 
     @property
     def config(self) -> ModelConfig:
-        return load_config(self.model) if Path(self.model).exists() else load_preset(self.model)
+        return load_config(self.model) if local_path(self.model).exists() else load_preset(self.model)
 
     @property
     def filled_rows(self) -> float:

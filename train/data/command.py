@@ -7,12 +7,12 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import tyro
 
 from qwen_jax.errors import InputError
+from qwen_jax.local_path import LocalPath
 from train.data.config import DataConfig, Format, Packing, SourceConfig
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class TrainTokenizer:
 
     sources: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders, patterns, data sets; or corpus:python, corpus:english, corpus:chinese."""
-    out: Path
+    out: LocalPath
     """Folder to write it to; `qwen-jax train EXPERIMENT --model FOLDER` uses it."""
     vocab_size: int = 4096
     """Ids, those of the added tokens included."""

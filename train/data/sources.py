@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.errors import InputError
+from qwen_jax.local_path import local_path
 from train.data.cache import COMPRESSED_SUFFIXES, unpacked
 from train.data.config import SourceConfig
 from train.data.corpora import corpus_file
@@ -68,7 +69,7 @@ def _open(config: SourceConfig) -> Source:
         return _open(dataclasses.replace(config, path=str(file), format="jsonl", text_field="text"))
     if config.format == "hf":
         return HuggingFace(config)
-    path = Path(config.path)
+    path = local_path(config.path)
     if config.repo_level and path.is_dir() and config.format in ("auto", "text"):
         folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and folder.name[0] != ".")
         if folders:
