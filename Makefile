@@ -55,7 +55,7 @@ bench: $(VENV)/.dev  ## measure beside peers, one table
 	$(BIN)/python -m bench.cpu
 
 tpu-check: $(VENV)/.dev $(VENV)/tpu  ## compile for TPUs that are not here, and compare memory and traffic with the record
-	PYTHONPATH=$(VENV)/tpu $(BIN)/python -m pytest -v -m slow tests/train/test_aot_tpu.py
+	PYTHONPATH=$(VENV)/tpu $(BIN)/python -m pytest -v -m slow tests/aot/test_tpu.py
 
 tpu-table: $(VENV)/.dev $(VENV)/tpu  ## print the table of docs/tpu.md; half an hour on one core, kept once compiled
 	PYTHONPATH=$(VENV)/tpu $(BIN)/qwen-jax compile --table

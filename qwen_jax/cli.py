@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("infer.demo:main", "answer one question with the default model"),
     "convert": ("qwen_jax.weights.convert:main", "convert a checkpoint between formats"),
     "data": ("train.data.command:main", "look at training data: tokens, packing, samples"),
-    "compile": ("train.aot.command:main", "compile for TPUs or GPUs that are not here: memory, collectives, time"),
+    "compile": ("aot.command:main", "compile for TPUs or GPUs that are not here: memory, collectives, time"),
     "eval": ("infer.evaluate:main", "measure how far a model reads: perplexity by length, needles, sparse prefill"),
     "train": ("train.trainer:main", "train a model: an experiment of configs/, from random or given weights"),
     "upcycle": ("train.upcycle:main", "make a mixture of experts out of a dense checkpoint"),

@@ -13,28 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwen_jax.config import ModelConfig
-from train.aot.flops import model_flops
+from qwen_jax.flops import model_flops, peak_flops
 from train.files import write_whole
-
-# Dense bfloat16 FLOP/s of one JAX device, by the beginning of its kind: Google's and NVIDIA's published figures.
-# The first that fits counts; a "TPU v5" is a v5p.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12 / 2,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s of a device, or None where none is published or, as for a CPU, none could be reached."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
 
 
 def utilisation(model: ModelConfig, batch_size: int, length: int, seconds: float) -> float | None:

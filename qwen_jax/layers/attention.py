@@ -129,7 +129,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> tup
 
 def _kernel(q: jax.Array, spec: AttentionSpec, backend: Backend) -> Callable[..., tuple[jax.Array, jax.Array]] | None:
     """The kernel for these queries; None: attention in plain jnp."""
-    if backend.kernels == "cpu" or spec.offset is None or q.shape[-1] not in (64, 128):
+    offset = spec.offset
+    if backend.kernels == "cpu" or offset is None or q.shape[-1] not in (64, 128):
         return None
     if spec.chunk_length and spec.query_segments is not None:
         return None  # the kernels' chunks begin with the row, those of packed documents with the document
@@ -149,7 +150,7 @@ def _kernel(q: jax.Array, spec: AttentionSpec, backend: Backend) -> Callable[...
         from qwen_jax.kernels import decode_gpu
 
         def decode_on_gpu(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-            lengths = jnp.broadcast_to(spec.offset, q.shape[-4]) + 1
+            lengths = jnp.broadcast_to(offset, q.shape[-4]) + 1
             out, lse = decode_gpu.decode_attention(q[..., 0, :, :], k, v, lengths, **known)
             return out[:, None], lse[:, :, None]
 

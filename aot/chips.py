@@ -7,6 +7,7 @@ import math
 import re
 
 from qwen_jax.errors import InputError
+from qwen_jax.flops import PEAK_FLOPS
 
 GIB = 2**30
 
@@ -41,15 +42,15 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 50e9, 1.5e9, 2),
-        Chip("v5p", 459e12, int(95.73 * GIB), 2765e9, 100e9, 1.75e9, 3, cores_per_chip=2),
-        Chip("v6e", 918e12, int(31.24 * GIB), 1640e9, 100e9, 1.75e9, 2),
-        Chip("tpu7x", 2307e12 / 2, int(94.74 * GIB), 7380e9 / 2, 100e9, 1.9e9, 3, devices_per_chip=2),
+        Chip("v5e", PEAK_FLOPS["TPU v5 lite"], int(15.75 * GIB), 819e9, 50e9, 1.5e9, 2),
+        Chip("v5p", PEAK_FLOPS["TPU v5"], int(95.73 * GIB), 2765e9, 100e9, 1.75e9, 3, cores_per_chip=2),
+        Chip("v6e", PEAK_FLOPS["TPU v6 lite"], int(31.24 * GIB), 1640e9, 100e9, 1.75e9, 2),
+        Chip("tpu7x", PEAK_FLOPS["TPU7x"], int(94.74 * GIB), 7380e9 / 2, 100e9, 1.9e9, 3, devices_per_chip=2),
     )
 }
 
 # NVIDIA's data sheet: dense bfloat16 peak, memory, and NVLink in one direction
-GPUS = {"h200": Chip("h200", 989e12, 151397597184, 4800e9, 450e9, 1.98e9, 1, is_gpu=True)}
+GPUS = {"h200": Chip("h200", PEAK_FLOPS["NVIDIA H200"], 151397597184, 4800e9, 450e9, 1.98e9, 1, is_gpu=True)}
 
 # the shapes that Cloud offers, by number of chips
 _SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))

@@ -9,8 +9,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from train.aot import hlo
-from train.aot.chips import Topology
+from aot import hlo
+from aot.chips import Topology
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
 

@@ -1,8 +1,23 @@
-"""What a step must compute, by formula: the model's own FLOPs, whatever the program computes besides."""
+"""FLOPs: what a step must compute by formula, whatever its program computes besides, and what a device has to offer."""
 
 from __future__ import annotations
 
 from qwen_jax.config import ModelConfig
+
+# Dense bfloat16 FLOP/s of one JAX device, by the beginning of its kind: Google's and NVIDIA's published figures.
+# The first that fits counts; a "TPU v5" is a v5p.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
 
 
 def head_params(config: ModelConfig) -> int:
@@ -48,3 +63,8 @@ def _last_layer_params(config: ModelConfig) -> int:
     """Parameters of a layer that a token is multiplied by, but for the projections to keys and values."""
     layers = matmul_params(config) - head_params(config)
     return layers // config.num_layers - 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s of a device, or None where none is published or, as for a CPU, none could be reached."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)

@@ -13,8 +13,8 @@ import tyro
 from qwen_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from aot.programs import Program
     from qwen_jax.sharding import MeshConfig
-    from train.aot.programs import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +60,16 @@ def main(argv: list[str]) -> int:
     """The subcommand `compile`. Raises InputError for what no program or slice is."""
     options = tyro.cli(Compile, args=argv, prog="qwen-jax compile", config=(tyro.conf.FlagCreatePairsOff,))
     if options.table:
-        from train.aot.table import main as table
+        from aot.table import main as table
 
         return table(as_json=options.json)
     program = program_of(options)
     if options.search:
-        from train.aot.search import main as search
+        from aot.search import main as search
 
         return search(program, as_json=options.json)
-    from train.aot.compiler import Compiler
-    from train.aot.report import console, print_report, progress
+    from aot.compiler import Compiler
+    from aot.report import console, print_report, progress
 
     with progress() as say, Compiler() as compiler:
         result = compiler(program, say=say)
@@ -82,9 +82,9 @@ def main(argv: list[str]) -> int:
 
 def program_of(options: Compile) -> Program:
     """The program that the options describe, mesh and batch filled in. Raises InputError for what is missing."""
+    from aot.programs import Program
+    from aot.targets import parse_target
     from qwen_jax.sharding import AXES, RULES, MeshConfig
-    from train.aot.programs import Program
-    from train.aot.targets import parse_target
 
     if not options.model:
         raise InputError("say which model to compile, such as --model qwen2.5-7b; `qwen-jax models` lists them.")

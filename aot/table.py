@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.aot.chips import parse_topology
-from train.aot.programs import Program
-from train.aot.report import Report, gib, seconds
+from aot.chips import parse_topology
+from aot.programs import Program
+from aot.report import Report, gib, seconds
 
 
 def train(model: str, target: str, batch: int, sequence: int, **settings: int | str) -> Program:
@@ -94,7 +94,7 @@ def compile_rows(programs: Sequence[Program], title: str) -> list[Report]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from train.aot.compiler import Compiler
+    from aot.compiler import Compiler
 
     reports = []
     with Progress(console=Console(stderr=True)) as bar, Compiler() as compiler:

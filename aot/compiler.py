@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from aot import hlo
+from aot.census import Wires, census
+from aot.memory import Allocation, Memory, OutOfMemory
+from aot.programs import Program, check
+from aot.report import Report
+from aot.targets import parse_target
+from aot.worker import ENVIRONMENT
 from qwen_jax.errors import InputError
 from qwen_jax.weights.default_model import cache_folder
-from train.aot import hlo
-from train.aot.census import Wires, census
-from train.aot.memory import Allocation, Memory, OutOfMemory
-from train.aot.programs import Program, check
-from train.aot.report import Report
-from train.aot.targets import parse_target
-from train.aot.worker import ENVIRONMENT
 
 Mode = Literal["full", "estimate"]
 
@@ -71,7 +71,7 @@ class Compiler:
     def _start(self) -> subprocess.Popen[str]:
         self._messages.truncate(0)
         return subprocess.Popen(
-            [sys.executable, "-m", "train.aot.worker"],
+            [sys.executable, "-m", "aot.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,

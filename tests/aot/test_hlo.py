@@ -1,4 +1,4 @@
-"""The reader of compiled programs, on programs that libtpu 0.0.51 compiled (aot_data) and on lines of HLO.
+"""The reader of compiled programs, on programs that libtpu 0.0.51 compiled (data) and on lines of HLO.
 
 Each saved program is one update of y = x + tanh(x w1) w2 over 4 layers in a scan with rematerialisation, w1 [D, 4D] and
 w2 [4D, D] split by FSDP, 2048 tokens a chip. What it must compute and move is a closed form.
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from train.aot import hlo
-from train.aot.census import Census, Wires, census, replica_groups
-from train.aot.chips import parse_topology
+from aot import hlo
+from aot.census import Census, Wires, census, replica_groups
+from aot.chips import parse_topology
 
-DATA = Path(__file__).parent / "aot_data"
+DATA = Path(__file__).parent / "data"
 LAYERS, TOKENS = 4, 2048
 
 

@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
+from aot import hlo
+from aot.chips import GIB, parse_topology
+from aot.command import Compile, program_of
+from aot.memory import blocks, parse_out_of_memory, second_copies
+from aot.programs import Program
+from aot.report import Report, advice, refusal, short_name
+from aot.search import candidates, meshes, step_times
+from aot.table import DECODING, PEERS, TRAINING, label
+from aot.targets import parse_target
 from qwen_jax.errors import InputError
 from qwen_jax.hf_config import load_config
-from train.aot import hlo
-from train.aot.chips import GIB, parse_topology
-from train.aot.command import Compile, program_of
-from train.aot.memory import blocks, parse_out_of_memory, second_copies
-from train.aot.programs import Program
-from train.aot.report import Report, advice, refusal, short_name
-from train.aot.search import candidates, meshes, step_times
-from train.aot.table import DECODING, PEERS, TRAINING, label
-from train.aot.targets import parse_target
 
 # --- slices -----------------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.flops import attention_flops, matmul_params, model_flops
 from qwen_jax.model import abstract, forward, unembed
 from qwen_jax.presets import load_preset
-from train.aot.flops import attention_flops, matmul_params, model_flops
 
 TINY = ModelConfig(
     model_type="qwen2",

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from train.aot import flops
-from train.aot.census import Census
-from train.aot.chips import GIB, Topology
-from train.aot.memory import Allocation, Memory, OutOfMemory
-from train.aot.programs import Program
+from aot.census import Census
+from aot.chips import GIB, Topology
+from aot.memory import Allocation, Memory, OutOfMemory
+from aot.programs import Program
+from qwen_jax import flops
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,13 +8,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from aot.chips import GIB, Topology
+from aot.programs import Program
+from aot.targets import parse_target
+from qwen_jax import flops
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.sharding import AXES, RULES, check_divides, divisors
-from train.aot import flops
-from train.aot.chips import GIB, Topology
-from train.aot.programs import Program
-from train.aot.targets import parse_target
 
 # The early estimate was 1 to 18 % below what the compiled program takes (docs/tpu.md).
 MARGIN = 1.25
@@ -120,7 +120,7 @@ def search(base: Program, limit: int = 40) -> Iterator[Candidate]:
     It is not asked about a mesh on which not even one row with everything recomputed fits, nor about more rows, or
     less recomputation, than what did not fit on a mesh.
     """
-    from train.aot.compiler import Compiler
+    from aot.compiler import Compiler
 
     topology = parse_target(base.target)
     too_large: list[Program] = []
@@ -171,7 +171,7 @@ def main(base: Program, *, as_json: bool) -> int:
     """Prints the candidates that fit, the fastest first; exit status 1 when none does."""
     from rich.table import Table
 
-    from train.aot.report import console, gib, progress, seconds
+    from aot.report import console, gib, progress, seconds
 
     topology = parse_target(base.target)
     capacity = topology.chip.hbm_bytes

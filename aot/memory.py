@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from train.aot import hlo
+from aot import hlo
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([BKMGT]?)"

@@ -1,6 +1,6 @@
 """`make tpu-check`: programs compiled for three generations of TPU need no more memory, FLOPs and traffic than before.
 
-The figures are in aot_data/recorded.json; `python -m tests.train.test_aot_tpu` writes them anew, for a change that is
+The figures are in data/recorded.json; `python -m tests.aot.test_tpu` writes them anew, for a change that is
 meant to alter them.
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from train.aot.compiler import Compiler
-from train.aot.programs import Program
-from train.aot.report import Report
+from aot.compiler import Compiler
+from aot.programs import Program
+from aot.report import Report
 
-RECORDED = Path(__file__).parent / "aot_data" / "recorded.json"
+RECORDED = Path(__file__).parent / "data" / "recorded.json"
 MODEL = "qwen2.5-7b"
 PROGRAMS = {
     "train v5e fsdp": Program(MODEL, "v5e-16", "train", 16, 4096, (("fsdp", 16),)),

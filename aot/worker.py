@@ -1,6 +1,6 @@
 """The process in which programs are compiled: libtpu wants its environment before jax is imported, and may abort.
 
-`python -m train.aot.worker` reads lines of JSON, {program, mode, cache}, and prints one for each stage and result.
+`python -m aot.worker` reads lines of JSON, {program, mode, cache}, and prints one for each stage and result.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ FORMAT = 3
 
 def main() -> int:
     os.environ.update(ENVIRONMENT)
+    from aot.programs import Program
     from qwen_jax.errors import InputError
-    from train.aot.programs import Program
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -57,8 +57,8 @@ def artifact(program: Any, mode: str, cache: Path, say: Any) -> Path:
 
     mode "full" compiles it; "estimate" asks only, in seconds, how much memory it would take.
     """
-    from train.aot.programs import build_mesh, lower
-    from train.aot.targets import load_target
+    from aot.programs import build_mesh, lower
+    from aot.targets import load_target
 
     started = time.monotonic()
     target = load_target(program.target)
@@ -92,7 +92,7 @@ def compile_lowered(lowered: Any, mode: str, platform: str) -> dict[str, Any]:
     """{memory, hlo} of the compiled program, or {out_of_memory} of one that does not fit."""
     import jax
 
-    from train.aot.memory import parse_out_of_memory, second_copies
+    from aot.memory import parse_out_of_memory, second_copies
 
     with tempfile.TemporaryDirectory(prefix="qwen-jax-hlo-") as folder:
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "^$"}
@@ -126,8 +126,8 @@ def compile_lowered(lowered: Any, mode: str, platform: str) -> dict[str, Any]:
 
 def _buffers(folder: str) -> Any:
     """(blocks, module) of the buffer assignment in a folder of dumps."""
-    from train.aot import hlo
-    from train.aot.memory import blocks
+    from aot import hlo
+    from aot.memory import blocks
 
     largest = max(glob.glob(f"{folder}/*after_optimizations-buffer-assignment.txt"), key=os.path.getsize)
     module = hlo.parse(Path(largest.replace("-buffer-assignment", "")).read_text())

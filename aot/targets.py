@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from aot.chips import GPUS, Topology, parse_topology
 from qwen_jax.errors import InputError
-from train.aot.chips import GPUS, Topology, parse_topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def load_target(text: str) -> Target:
     topology = parse_target(text)
     if topology.chip.is_gpu:
         version = _installed("jax-cuda12-plugin", "pip install jax-cuda12-plugin jax-cuda12-pjrt")
-        config = importlib.resources.files("train.aot").joinpath(f"{topology.chip.name}.txtpb").read_text()
+        config = importlib.resources.files("aot").joinpath(f"{topology.chip.name}.txtpb").read_text()
         shape = f"1x1x{topology.num_chips}"
         description = topologies.get_topology_desc("", platform="cuda", target_config=config, topology=shape)
         return Target("gpu", description.devices, version)
