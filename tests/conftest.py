@@ -1,5 +1,7 @@
 """Every test runs on eight CPU devices, with rank promotion an error."""
 
+import ctypes
+import gc
 import importlib.metadata
 import os
 from collections.abc import Iterator
@@ -9,10 +11,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 import jax  # noqa: E402
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 from packaging.requirements import Requirement  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# glibc's: gives freed memory back to the system, which it does not do by itself
+malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
 
 
 def pytest_report_header() -> list[str]:
@@ -30,11 +36,14 @@ def pytest_report_header() -> list[str]:
     return [f"not as locked: {', '.join(others)}"] if others else []
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forgotten_programs() -> Iterator[None]:
-    """No module leaves its compiled programs to those that follow it: together they are gigabytes."""
+@pytest.fixture(autouse=True)
+def little_memory() -> Iterator[None]:
+    """A worker above 1.5 GB forgets its compiled programs: those of a whole run are several gigabytes."""
     yield
-    jax.clear_caches()
+    if psutil.Process().memory_info().rss > 1.5e9:
+        jax.clear_caches()
+        gc.collect()
+        malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
