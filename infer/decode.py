@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
 
 from infer.sampling import SamplingRows, sample
-from qwen_jax.cache import Cache, cache_from_prefill, empty_cache
+from qwen_jax.cache import Cache, ContiguousCache, empty_cache
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import Params, forward, unembed
+from qwen_jax.kernels.cpu import kept_in_loop
+from qwen_jax.model import Inputs, Params, forward, unembed
 
 # Tokens that one call of the decode program can produce.
 MAX_STEPS = 32
@@ -81,18 +81,30 @@ def _choose(
 _STATIC = ("config", "vocab_size", "num_top")
 
 
+def new_cache(config: ModelConfig, params: Params, prompt_lengths: jax.Array, capacity: int) -> ContiguousCache:
+    """An empty cache for these parameters and prompts of `prompt_lengths` [B]."""
+    return empty_cache(
+        config,
+        prompt_lengths.shape[0],
+        capacity,
+        params["embed"]["embedding"].dtype,
+        stacked=not isinstance(params["layers"], tuple),
+        prompt_lengths=prompt_lengths,
+    )
+
+
 def read_in_pieces(
     config: ModelConfig,
     params: Params,
     tokens: jax.Array,
-    cache: Cache,
+    cache: ContiguousCache,
     visit: Callable[[Carry, jax.Array, jax.Array], Carry],
     carry: Carry,
     *,
     piece: int,
     only: jax.Array | None = None,
     sparse: bool = False,
-) -> tuple[Cache, Carry]:
+) -> tuple[ContiguousCache, Carry]:
     """Reads prompts [B, T] of `cache.prompt_lengths` into an empty cache, `piece` tokens at a time.
 
     After each piece carry = visit(carry, hidden [B, piece, D], index of the piece's first token); with `only` [B],
@@ -100,15 +112,14 @@ def read_in_pieces(
     """
     tokens = jnp.pad(tokens, [(0, 0), (0, -tokens.shape[1] % piece)])
 
-    def read(i: jax.Array, state: tuple[Cache, Carry]) -> tuple[Cache, Carry]:
+    def read(i: jax.Array, state: tuple[ContiguousCache, Carry]) -> tuple[ContiguousCache, Carry]:
         cache, carry = state
-        # without the barrier XLA:CPU hoists float32 copies of all bfloat16 weights out of the loop
-        weights, start = lax.optimization_barrier((params, i * piece))
+        weights, start = kept_in_loop((params, i * piece))
         out = forward(
             config,
             weights,
-            lax.dynamic_slice_in_dim(tokens, start, piece, axis=1),
-            cache=cache.replace(lengths=jnp.full_like(cache.lengths, start)),
+            Inputs.inference(lax.dynamic_slice_in_dim(tokens, start, piece, axis=1), start=start),
+            cache=cache,
             only=None if only is None else jnp.clip(only - start, 0, piece - 1),
             sparse=sparse,
         )
@@ -125,30 +136,24 @@ def _read(
     tokens: jax.Array,
     lengths: jax.Array,
     capacity: int,
-    cache_dtype: DTypeLike | None,
     piece: int,
 ) -> tuple[Cache, jax.Array]:
     """The cache of prompts [B, T], and the hidden state [B, D] of the last token of each."""
-    dtype = params["embed"]["embedding"].dtype
+    cache = new_cache(config, params, lengths, capacity)
     if tokens.shape[1] <= piece:
-        out = forward(config, params, tokens, inference_lengths=lengths, keep_kv=True, only=lengths - 1)
-        k, v = out.kv
-        return cache_from_prefill(k, v, lengths, capacity, cache_dtype or dtype), out.hidden[:, 0]
+        out = forward(config, params, Inputs.inference(tokens, start=0), cache=cache, only=lengths - 1)
+        return out.cache.replace(lengths=lengths), out.hidden[:, 0]
 
     def last(found: jax.Array, hidden: jax.Array, start: jax.Array) -> jax.Array:
         ends_here = (lengths > start) & (lengths <= start + piece)
         return jnp.where(ends_here[:, None], hidden[:, 0], found)
 
-    stacked = not isinstance(params["layers"], tuple)
-    cache = empty_cache(
-        config, tokens.shape[0], capacity, cache_dtype or dtype, stacked=stacked, prompt_lengths=lengths
-    )
-    hidden = jnp.zeros((tokens.shape[0], config.hidden_size), dtype)
+    hidden = jnp.zeros((tokens.shape[0], config.hidden_size), params["embed"]["embedding"].dtype)
     sparse = config.sparse_prefill is not None and tokens.shape[1] > config.sparse_prefill.threshold
     return read_in_pieces(config, params, tokens, cache, last, hidden, piece=piece, only=lengths - 1, sparse=sparse)
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "capacity", "cache_dtype", "piece"))
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "capacity", "piece"))
 def prefill(
     params: Params,
     tokens: jax.Array,
@@ -161,15 +166,14 @@ def prefill(
     vocab_size: int,
     num_top: int,
     capacity: int,
-    cache_dtype: DTypeLike | None = None,
     piece: int = PIECE,
 ) -> tuple[DecodeState, Produced]:
     """Reads prompts, right-padded to [B, T], of true `lengths` [B], and chooses the first token of each answer.
 
-    The cache gets `capacity` slots per row, in `cache_dtype` (default: the activations'). With T above `piece` they are
-    read that many tokens at a time, with the same result.
+    The cache gets `capacity` slots per row. With T above `piece` they are read that many tokens at a time, with the
+    same result.
     """
-    cache, hidden = _read(config, params, tokens, lengths, capacity, cache_dtype, piece)
+    cache, hidden = _read(config, params, tokens, lengths, capacity, piece)
     zeros = jnp.zeros_like(lengths)
     state = DecodeState(cache, zeros, zeros, limits, limits <= 0, rows)
     state, produced = _choose(
@@ -207,10 +211,9 @@ def decode(
 
     def one(carry: tuple[jax.Array, DecodeState, Produced]) -> tuple[jax.Array, DecodeState, Produced]:
         step, state, buffers = carry
-        # Keeps XLA from hoisting conversions of whole weights out of the loop (on CPU a float32 copy of the embedding)
-        embed, tokens = lax.optimization_barrier((params["embed"], state.tokens))
+        embed, tokens = kept_in_loop((params["embed"], state.tokens))
         weights = params | {"embed": embed}
-        out = forward(config, weights, tokens[:, None], cache=state.cache)
+        out = forward(config, weights, Inputs.inference(tokens[:, None]), cache=state.cache)
         state = state.replace(cache=out.cache.replace(lengths=out.cache.lengths + 1))
         state, produced = _choose(
             out.hidden[:, 0], state, stop_ids, config=config, params=weights, vocab_size=vocab_size, num_top=num_top

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from infer.decode import PIECE, read_in_pieces
-from qwen_jax.backend import current_backend
-from qwen_jax.cache import empty_cache
+from infer.decode import PIECE, new_cache, read_in_pieces
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Params, unembed
 
@@ -76,11 +74,7 @@ def negative_log_likelihood(params: Params, tokens: jax.Array, first: jax.Array,
     """
     batch, length = tokens.shape
     piece = min(PIECE, length)
-    lengths = jnp.full(batch, length, jnp.int32)
-    stacked = not isinstance(params["layers"], tuple)
-    dtype = params["embed"]["embedding"].dtype
-    cache_dtype = current_backend().cache_dtype or dtype
-    cache = empty_cache(config, batch, length, cache_dtype, stacked=stacked, prompt_lengths=lengths)
+    cache = new_cache(config, params, jnp.full(batch, length, jnp.int32), length)
     targets = jnp.pad(tokens[:, 1:], [(0, 0), (0, piece)])
 
     def visit(total: jax.Array, hidden: jax.Array, start: jax.Array) -> jax.Array:

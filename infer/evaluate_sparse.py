@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infer.decode import PIECE, read_in_pieces
-from qwen_jax.backend import current_backend
-from qwen_jax.cache import Cache, empty_cache
+from infer.decode import PIECE, new_cache, read_in_pieces
+from qwen_jax.cache import ContiguousCache
 from qwen_jax.config import ModelConfig, SparsePrefill
-from qwen_jax.layers.attention import AttentionSpec, attend
-from qwen_jax.layers.linear import Linear
+from qwen_jax.kernels.choice import attend_lse
+from qwen_jax.kernels.spec import AttentionSpec
+from qwen_jax.layers.attention import Attention
 from qwen_jax.layers.norm import RMSNorm
-from qwen_jax.layers.rope import rotary_tables, rotate
-from qwen_jax.layers.sparse import sparse_budgets
-from qwen_jax.model import Params, forward
+from qwen_jax.layers.rope import Tables, rotary_tables
+from qwen_jax.layers.sparse import sparse_attention, sparse_budgets
+from qwen_jax.model import Inputs, Params, forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,8 @@ def search(
         measured = []
         for layer, layer_params in enumerate(params["layers"]):
             budget = (np.minimum(x[layer], len(ids)) for x in (vertical, slash))
-            kv = (cache.k[layer], cache.v[layer])
-            measured.append(np.asarray(_recall(layer_params, residuals[layer], kv, *budget, config=config)))
+            found_here = _recall(layer_params, residuals[layer], cache.read(layer), *budget, config=config)
+            measured.append(np.asarray(found_here))
             advance(1)
         found.append(Round(np.stack(measured), vertical, slash))
     return found
@@ -82,16 +82,13 @@ def as_config(found: Round, length: int) -> SparsePrefill:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "piece"))
-def _read(params: Params, tokens: jax.Array, *, config: ModelConfig, piece: int) -> tuple[Cache, jax.Array]:
+def _read(params: Params, tokens: jax.Array, *, config: ModelConfig, piece: int) -> tuple[ContiguousCache, jax.Array]:
     """Keys and values of a text [1, N], densely read, and what entered each layer for the last `piece` tokens."""
     length = tokens.shape[1]
-    dtype = params["embed"]["embedding"].dtype
-    cache_dtype = current_backend().cache_dtype or dtype
-    lengths = jnp.full(1, length, jnp.int32)
-    cache = empty_cache(config, 1, length, cache_dtype, stacked=False, prompt_lengths=lengths)
+    cache = new_cache(config, params, jnp.full(1, length, jnp.int32), length)
     cache, _ = read_in_pieces(config, params, tokens, cache, lambda nothing, *_: nothing, jnp.zeros(()), piece=piece)
-    again = cache.replace(lengths=lengths - piece)
-    out = forward(config, params, tokens[:, -piece:], cache=again, return_layers=True)
+    again = Inputs.inference(tokens[:, -piece:], start=jnp.int32(length - piece))
+    out = forward(config, params, again, cache=cache, return_layers=True)
     assert out.layers is not None
     return cache, out.layers
 
@@ -107,21 +104,20 @@ def _recall(
     config: ModelConfig,
 ) -> jax.Array:
     """Mean recall [H] of one layer for the last queries, from the residual stream x [1, n, D] that enters it."""
-    c, length = config, kv[0].shape[2]
-    positions = length - x.shape[1] + jnp.arange(x.shape[1])[None]
-    lengths = jnp.full(1, length, jnp.int32)
-    dual = c.dual_chunk is not None and length > c.dual_chunk.chunk_length
-    normed = RMSNorm(c.rms_norm_eps, "embed").apply({"params": params["attention_norm"]}, x)
-    project = Linear((c.num_heads, c.head_dim), (c.hidden_size,), ("heads", "head_dim"), ("embed",), c.qkv_bias)
-    q: Any = project.apply({"params": params["attention"]["q"]}, normed)
-    if c.qk_norm:
-        q = RMSNorm(c.rms_norm_eps, "head_dim").apply({"params": params["attention"]["q_norm"]}, q)
-    turns = rotary_tables(c, positions, lengths, dual_chunk=dual, sparse=True).query
-    turned = [rotate(q, tables) for tables in turns]
-    chunk_length = c.dual_chunk.chunk_length if c.dual_chunk and dual else None
-    spec = AttentionSpec(positions, jnp.arange(length)[None], chunk_length=chunk_length)
-    every = SparsePrefill(((length,) * c.num_heads,), ((length,) * c.num_heads,))  # as wide as the arrays may get
-    budget = sparse_budgets(every, lengths, positions).of_layer(0).replace(vertical=vertical, slash=slash)
-    _, dense = attend(jnp.stack(turned[:3]) if dual else turned[0], *kv, spec)
-    _, sparse = attend(jnp.stack(turned) if dual else turned[0], *kv, spec.replace(sparse=budget))
+    length, (_, num_queries, _) = kv[0].shape[2], x.shape
+    start, lengths, chunk = length - num_queries, jnp.full(1, length, jnp.int32), config.dual_chunk
+    chunk_length = chunk.chunk_length if chunk and length > chunk.chunk_length else None
+    positions = start + jnp.arange(num_queries)[None]
+    rotary = rotary_tables(config, positions, lengths, dual_chunk=chunk_length is not None, sparse=True)
+    normed = RMSNorm(config.rms_norm_eps, "norm").apply({"params": params["attention_norm"]}, x)
+
+    def queries(turns: tuple[Tables, ...]) -> Any:
+        return Attention(config).apply({"params": params["attention"]}, normed, turns, method="queries")
+
+    spec = AttentionSpec(start, chunk_length=chunk_length)
+    widest = ((length,) * config.num_heads,)  # as wide as the arrays may get
+    budget = sparse_budgets(SparsePrefill(widest, widest, threshold=0), lengths, start, num_queries).of_layer(0)
+    budget = budget.replace(vertical=vertical, slash=slash)
+    _, dense = attend_lse(queries(rotary.attending), *kv, spec)
+    _, sparse = sparse_attention(queries(rotary.query), *kv, spec, budget)
     return jnp.mean(jnp.exp(sparse - dense), axis=(0, 2))

@@ -24,7 +24,7 @@ from infer.torch_reference import Trace
 from qwen_jax.backend import Backend
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers.moe import load_balancing_loss
-from qwen_jax.model import Params, forward, unembed
+from qwen_jax.model import Inputs, Params, forward, unembed
 from qwen_jax.weights.load import get_leaf, load_params
 from qwen_jax.weights.names import leaves
 from qwen_jax.weights.open import open_checkpoint
@@ -253,15 +253,9 @@ def trace(config: ModelConfig, params: Params, tokens: np.ndarray, segment_ids: 
 def _trace(
     config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
 ) -> tuple[jax.Array, ...]:
-    out = forward(
-        config,
-        params,
-        tokens,
-        positions=positions,
-        segment_ids=segment_ids,
-        inference_lengths=jnp.sum(segment_ids != 0, axis=1),
-        return_layers=True,
-    )
+    lengths = jnp.sum(segment_ids != 0, axis=1)
+    inputs = Inputs.inference(tokens, lengths=lengths, segment_ids=segment_ids, rotary_positions=positions)
+    out = forward(config, params, inputs, return_layers=True)
     assert out.layers is not None
     return out.layers, out.hidden, unembed(config, params, out.hidden)
 
@@ -273,7 +267,7 @@ def loss_and_gradients(config: ModelConfig, params: Params, tokens: np.ndarray) 
 
 
 def _loss(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    out = forward(config, params, tokens)
+    out = forward(config, params, Inputs.training(tokens))
     logprobs = jax.nn.log_softmax(unembed(config, params, out.hidden[:, :-1]))
     loss = -jnp.mean(jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1))
     if config.moe and out.router:

@@ -286,7 +286,6 @@ class Stream:
                 sampling_rows,
                 self._stop_ids,
                 capacity=max(half_bucket(needed, 256), length),
-                cache_dtype=self._qwen.backend.cache_dtype,
                 **self._static,
             )
 

@@ -23,13 +23,14 @@ from jax.typing import DTypeLike
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.layers.attention import Attention, AttentionSpec, take_token
+from qwen_jax.kernels.spec import AttentionSpec
+from qwen_jax.layers.attention import Attention, Context, take_token
 from qwen_jax.layers.embedding import Embedding
 from qwen_jax.layers.linear import residual_std
 from qwen_jax.layers.mlp import Mlp
 from qwen_jax.layers.moe import Moe, RouterStats
 from qwen_jax.layers.norm import RMSNorm
-from qwen_jax.layers.rope import Rotary, rotary_tables
+from qwen_jax.layers.rope import rotary_tables
 from qwen_jax.layers.sparse import sparse_budgets
 from qwen_jax.sharding import check_divides, constrain, shardings
 
@@ -74,19 +75,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        rotary: Rotary,
-        spec: AttentionSpec,
-        is_token: jax.Array | None,
-        cache: Cache | None,
-        layer: jax.Array | int,
-        only: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Cache | None, RouterStats | None]:
+        self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array | int, only: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
         c, std = self.config, self.config.initializer_range
         norm = RMSNorm(c.rms_norm_eps, "norm", name="attention_norm")
-        y, kv, cache = Attention(c, name="attention")(norm(x), rotary, spec, cache, layer, only)
-        x, is_token = take_token((x, is_token), only)
+        y, cache = Attention(c, name="attention")(norm(x), context, cache, layer, only)
+        x, is_token = take_token((x, context.is_token), only)
         x = constrain(x + y, "batch", "residual", None)
         normed = RMSNorm(c.rms_norm_eps, "norm", name="mlp_norm")(x)
         if c.moe:
@@ -94,15 +88,52 @@ class Block(nn.Module):
         else:
             down_std = residual_std(std, c.num_layers) if c.model_type == "qwen" else std
             y, router = Mlp(c.hidden_size, c.intermediate_size, std, down_std, name="mlp")(normed), None
-        return constrain(x + y, "batch", "residual", None), kv, cache, router
+        return constrain(x + y, "batch", "residual", None), cache, router
+
+
+class Inputs(flax.struct.PyTreeNode):
+    """What one pass reads. Made by `training` or by `inference`, between which there is no default.
+
+    Sequences longer than the model was trained on are turned differently at inference: Qwen1's dynamic NTK and LogN,
+    and the length scaling of Dual Chunk Attention. What scores a model's answers does as what produced them.
+    """
+
+    tokens: jax.Array  # [B, T] int32, or embeddings [B, T, D] in their place
+    lengths: jax.Array | None  # [B] int32, true lengths of the prompts at inference; None in training
+    segment_ids: jax.Array | None = None  # [B, T] int32: a token sees its own segment only, 0 is padding
+    rotary_positions: jax.Array | None = None  # [B, T] int32; None: the places in the row
+    start: jax.Array | int | None = None  # place of the first token in its row, one or [B]; None: after the cache's
+
+    @classmethod
+    def training(
+        cls, tokens: jax.Array, *, segment_ids: jax.Array | None = None, rotary_positions: jax.Array | None = None
+    ) -> Inputs:
+        """Rows as they are trained on; without `segment_ids` padding must stand on the right."""
+        return cls(tokens, None, segment_ids, rotary_positions)
+
+    @classmethod
+    def inference(
+        cls,
+        tokens: jax.Array,
+        *,
+        lengths: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        rotary_positions: jax.Array | None = None,
+        start: jax.Array | int | None = None,
+    ) -> Inputs:
+        """Rows as the decoder reads them, of prompts of `lengths` [B] (default: T). A cache carries its own lengths.
+
+        start: with a cache, which holds nothing where it is 0; default `cache.lengths`.
+        """
+        lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32) if lengths is None else lengths
+        return cls(tokens, lengths, segment_ids, rotary_positions, start)
 
 
 class Output(flax.struct.PyTreeNode):
     """What `forward` computes. Optional parts are None unless asked for."""
 
     hidden: jax.Array  # [B, T, D] after the final norm
-    cache: Any = None  # Cache
-    kv: Any = None  # new keys and values of all layers, stacked [L, B, K, T, h] or tuples of L
+    cache: Any = None  # a Cache
     layers: jax.Array | None = None  # [L + 1, B, T, D]: the embedding, then the residual stream after each layer
     router: RouterStats | None = None  # leading L axis
 
@@ -116,11 +147,10 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> Params:
     embed_key, layers_key, head_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.hidden_size))
     index = jnp.zeros((1, 1), jnp.int32)
-    rotary = rotary_tables(config, index)
-    spec = AttentionSpec(index, index)
+    context = Context(rotary_tables(config, index), AttentionSpec())
 
     def init_layer(layer_key: jax.Array) -> Any:
-        return Block(config).init(layer_key, x, rotary, spec, None, None, 0)["params"]
+        return Block(config).init(layer_key, x, context, None, 0)["params"]
 
     layers = jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))
     layers = nn.meta.add_axis(layers, 0, {nn.PARTITION_NAME: "layers"})
@@ -176,94 +206,114 @@ def unstack(params: Params, *, donate: bool = False) -> Params:
 def forward(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
+    inputs: Inputs,
     *,
-    positions: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
     cache: Cache | None = None,
-    inference_lengths: jax.Array | None = None,
-    keep_kv: bool = False,
-    return_layers: bool = False,
     only: jax.Array | None = None,
     sparse: bool = False,
+    return_layers: bool = False,
     dtype: DTypeLike | None = None,
     remat: Remat = "none",
 ) -> Output:
-    """Runs the network on tokens [B, T] int32.
+    """Runs the network.
 
-    positions [B, T] int32, below T or the cache's capacity: default 0..T-1, or the slots after `cache.lengths`.
-    segment_ids [B, T] int32: a token sees its own segment only, 0 is padding; without them padding must stand on the
-    right. cache: earlier keys and values, returned with the new ones (its `lengths` unchanged). inference_lengths [B]
-    int32: true sequence lengths, which switch on what is done at inference only (see `rotary_tables`); a cache carries
-    its own. keep_kv: return the new keys and values. return_layers: return the residual stream after each layer. only
-    [B] int32, without return_layers: the index of the one token in each row whose hidden state is wanted, as [B, 1, D];
-    an unrolled last layer computes no more. sparse: with a cache, read only what `config.sparse_prefill` lets each head
-    read, chosen by the last tokens that are no padding. dtype: of the activations; default the embedding's. remat: what
-    gradients recompute.
+    cache: earlier keys and values, returned with the new ones (its `lengths` unchanged). only [B] int32, without
+    return_layers: the index of the one token in each row whose hidden state is wanted, as [B, 1, D]; an unrolled last
+    layer computes no more. sparse: with a cache, prompts above its threshold read only what `config.sparse_prefill`
+    lets each head read, chosen by their last tokens that are no padding. return_layers: return the residual stream
+    after each layer. dtype: of the activations; default the embedding's. remat: what gradients recompute.
+    Raises InputError for inputs that a cache cannot hold.
     """
-    num_tokens = tokens.shape[1]
-    longest = num_tokens if cache is None else cache.capacity
+    x = embed(config, params, inputs, dtype)
+    context = _context(config, inputs, cache, sparse)
+    x, cache, layers, router = _layers(config, params["layers"], x, context, cache, only, return_layers, remat)
+    hidden: Any = RMSNorm(config.rms_norm_eps, "norm").apply({"params": params["final_norm"]}, x)
+    return Output(hidden, cache, layers, router)
+
+
+def embed(config: ModelConfig, params: Params, inputs: Inputs, dtype: DTypeLike | None = None) -> jax.Array:
+    """[B, T, D] of the tokens in `dtype`, default the table's."""
+    dtype = dtype or params["embed"]["embedding"].dtype
+    if inputs.tokens.ndim == 3:
+        return inputs.tokens.astype(dtype)
+    x: Any = _embedding(config).apply({"params": params["embed"]}, inputs.tokens, dtype)
+    return x
+
+
+def _context(config: ModelConfig, inputs: Inputs, cache: Cache | None, sparse: bool) -> Context:
+    """What the layers are told: each row's places, rotary positions and chunks, three different things."""
+    (batch, num_tokens), start = inputs.tokens.shape[:2], inputs.start
+    longest, lengths = num_tokens, inputs.lengths
+    if cache is None:
+        if start is not None:
+            raise InputError("without a cache a row begins with its first token; leave `start` out.")
+        start = 0
+    else:
+        if inputs.segment_ids is not None or lengths is None:
+            raise InputError(
+                "a cache holds rows of one document each, read as at inference; leave `segment_ids` out, pad on the "
+                "right and use Inputs.inference."
+            )
+        longest, lengths = cache.capacity, cache.prompt_lengths
+        start = cache.lengths if start is None else start
     # a sequence that fits in one chunk needs no Dual Chunk Attention: it would be plain attention
-    chunk_length = config.dual_chunk.chunk_length if config.dual_chunk else longest
-    chunk_length = chunk_length if chunk_length < longest else None
-    offset = 0 if cache is None else cache.lengths if positions is None else None
+    chunk = config.dual_chunk.chunk_length if config.dual_chunk else longest
+    chunk, chunks = (chunk if chunk < longest else None), None
+    positions = inputs.rotary_positions
     if positions is None:
-        start = cache.lengths[:, None] if cache is not None else jnp.zeros((1, 1), jnp.int32)
-        positions = jnp.broadcast_to(start + jnp.arange(num_tokens)[None], tokens.shape)
-    lengths = cache.prompt_lengths if cache is not None else inference_lengths
-    key_positions = positions if cache is None else jnp.arange(cache.capacity)[None]
-    key_segments = segment_ids if cache is None else None
-    spec = AttentionSpec(
-        positions,
-        key_positions,
-        segment_ids,
-        key_segments,
-        offset=offset,
-        chunk_length=chunk_length,
-    )
-    rotary = rotary_tables(config, positions, lengths, dual_chunk=chunk_length is not None, sparse=sparse)
-    budgets = None
-    if sparse and cache is not None and config.sparse_prefill:
-        budgets = sparse_budgets(config.sparse_prefill, cache.prompt_lengths, positions)
-    is_token = None if segment_ids is None else segment_ids != 0
+        places = jnp.asarray(start, jnp.int32).reshape(-1, 1) + jnp.arange(num_tokens, dtype=jnp.int32)[None]
+        positions = jnp.broadcast_to(places, (batch, num_tokens))
+    elif chunk and cache is not None:
+        raise InputError("Dual Chunk Attention over a cache counts chunks by place; leave `rotary_positions` out.")
+    elif chunk:
+        chunks = positions // chunk
+    segments = inputs.segment_ids
+    spec = AttentionSpec(start, 0, segments, segments, chunk_length=chunk, query_chunks=chunks, key_chunks=chunks)
+    budget = None
+    if sparse and config.sparse_prefill and cache is not None and num_tokens > 1:
+        budget = sparse_budgets(config.sparse_prefill, cache.prompt_lengths, start, num_tokens)
+    rotary = rotary_tables(config, positions, lengths, dual_chunk=chunk is not None, sparse=budget is not None)
+    return Context(rotary, spec, None if segments is None else segments != 0, budget)
+
+
+def _layers(
+    config: ModelConfig,
+    layers: Any,
+    x: jax.Array,
+    context: Context,
+    cache: Cache | None,
+    only: jax.Array | None,
+    return_layers: bool,
+    remat: Remat,
+) -> tuple[jax.Array, Cache | None, jax.Array | None, RouterStats | None]:
+    """The residual stream through all layers, one after the other or scanned; the cache, x after each, the routers'."""
     block, windows = Block(config), config.layer_windows()
 
-    def run(
-        layer_params: Params, x: jax.Array, cache: Cache | None, layer: Any, window: Any, only: jax.Array | None = None
-    ) -> tuple[Any, ...]:
-        spec_here = spec.replace(window=window, sparse=budgets.of_layer(layer) if budgets else None)
-        return block.apply({"params": layer_params}, x, rotary, spec_here, is_token, cache, layer, only)
+    def run(layer_params: Params, x: jax.Array, cache: Cache | None, layer: Any, window: Any, only: Any = None) -> Any:
+        return block.apply({"params": layer_params}, x, context.of_layer(layer, window), cache, layer, only)
 
-    x: Any = _embedding(config).apply({"params": params["embed"]}, tokens, dtype)
-    residuals, routers = [x], []
-    if isinstance(params["layers"], tuple):
-        ks, vs = [], []
-        for i, layer_params in enumerate(params["layers"]):
-            last = only if i == config.num_layers - 1 else None
-            x, (k, v), cache, router = run(layer_params, x, cache, i, windows[i], last)
-            ks, vs = [*ks, k], [*vs, v]
+    if isinstance(layers, tuple):
+        residuals, routers = [x], []
+        for i, layer_params in enumerate(layers):
+            x, cache, router = run(layer_params, x, cache, i, windows[i], only if i == len(layers) - 1 else None)
             residuals, routers = [*residuals, x], [*routers, router]
-        kv = (tuple(ks), tuple(vs))
-        router = jax.tree.map(lambda *layers: jnp.stack(layers), *routers)
-        layers = jnp.stack(residuals) if return_layers else None
-    else:
-        # of differing layers, those without a window get one that holds every position
-        window = None if len(set(windows)) == 1 else jnp.asarray([w or 2**30 for w in windows])
+        stacked = jax.tree.map(lambda *each: jnp.stack(each), *routers)
+        return x, cache, jnp.stack(residuals) if return_layers else None, stacked
 
-        def scanned(carry: Any, per_layer: Any) -> tuple[Any, Any]:
-            x, cache = carry
-            x = checkpoint_name(x, "residual")
-            layer_params, layer, window = per_layer
-            x, kv, cache, router = run(layer_params, x, cache, layer, windows[0] if window is None else window)
-            return (x, cache), (kv if keep_kv else None, router, x if return_layers else None)
+    # of differing layers, those without a window get one that holds every place
+    window = None if len(set(windows)) == 1 else jnp.asarray([w or 2**30 for w in windows])
 
-        per_layer = (params["layers"], jnp.arange(config.num_layers), window)
-        (x, cache), (kv, router, layers) = lax.scan(rematerialised(scanned, remat), (x, cache), per_layer)
-        layers = jnp.concatenate([residuals[0][None], layers]) if return_layers else None
-        x = take_token(x, only)
+    def scanned(carry: Any, per_layer: Any) -> tuple[Any, Any]:
+        x, cache = carry
+        x = checkpoint_name(x, "residual")
+        layer_params, layer, window = per_layer
+        x, cache, router = run(layer_params, x, cache, layer, windows[0] if window is None else window)
+        return (x, cache), (router, x if return_layers else None)
 
-    hidden: Any = RMSNorm(config.rms_norm_eps, "norm").apply({"params": params["final_norm"]}, x)
-    return Output(hidden, cache, kv if keep_kv else None, layers, router)
+    embedding, per_layer = x, (layers, jnp.arange(config.num_layers), window)
+    (x, cache), (router, after) = lax.scan(rematerialised(scanned, remat), (x, cache), per_layer)
+    residuals = jnp.concatenate([embedding[None], after]) if return_layers else None
+    return take_token(x, only), cache, residuals, router
 
 
 def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import pytest
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.flops import attention_flops, matmul_params, model_flops
-from qwen_jax.model import abstract, forward, unembed
+from qwen_jax.model import Inputs, abstract, forward, unembed
 from qwen_jax.presets import load_preset
 
 TINY = ModelConfig(
@@ -30,7 +30,7 @@ def test_decode_is_what_xla_counts() -> None:
 
     def step(params, tokens, lengths):
         cache = empty_cache(TINY, 2, 64, jnp.float32, stacked=True, prompt_lengths=lengths)
-        return unembed(TINY, params, forward(TINY, params, tokens, cache=cache).hidden)
+        return unembed(TINY, params, forward(TINY, params, Inputs.inference(tokens), cache=cache).hidden)
 
     shapes = abstract(TINY), jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
     analysis = jax.jit(step).lower(*shapes).compile().cost_analysis()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import forward, init, param_shardings, unembed
+from qwen_jax.model import Inputs, forward, init, param_shardings, unembed
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.weights.load import ParamsCheckpoint, load_params
 from qwen_jax.weights.open import open_checkpoint
@@ -31,7 +31,8 @@ def step(params: Any, rows: dict[str, jax.Array], config: ModelConfig) -> Any:
     """Stochastic gradient descent on the next-token loss."""
 
     def loss(params: Any) -> jax.Array:
-        logits = unembed(config, params, forward(config, params, rows["tokens"], remat="full").hidden)
+        hidden = forward(config, params, Inputs.training(rows["tokens"]), remat="full").hidden
+        logits = unembed(config, params, hidden)
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), rows["targets"][..., None], -1))
 
     return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from qwen_jax.config import DualChunk, ModelConfig, MoeConfig
 from qwen_jax.errors import InputError
-from qwen_jax.model import forward, init, param_shardings, unembed
+from qwen_jax.model import Inputs, forward, init, param_shardings, unembed
 from qwen_jax.presets import load_preset
 from qwen_jax.sharding import AXES, MeshConfig, Rules, activation_sharding, activation_spec, check_divides, make_mesh
 
@@ -64,9 +64,9 @@ def packed_batch(batch: int = BATCH) -> dict[str, jax.Array]:
 
 
 def loss_and_logits(params: Any, batch: dict[str, jax.Array], config: ModelConfig, remat: Any) -> Any:
-    out = forward(
-        config, params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], remat=remat
-    )
+    positions, segments = batch["positions"], batch["segment_ids"]
+    inputs = Inputs.training(batch["tokens"], segment_ids=segments, rotary_positions=positions)
+    out = forward(config, params, inputs, remat=remat)
     logits = unembed(config, params, out.hidden)
     targets = jnp.roll(batch["tokens"], -1, axis=1)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.layers.moe import RouterStats
-from qwen_jax.model import Params, Remat, abstract, forward, init, param_shardings
+from qwen_jax.model import Inputs, Params, Remat, abstract, forward, init, param_shardings
 from qwen_jax.sharding import activation_sharding, constrain
 from train.loss import LossSums, balance_loss, cross_entropy
 from train.optimizer import (
@@ -196,9 +196,7 @@ def _loss_sums(model: ModelConfig, step: StepConfig, params: Params, batch: Batc
     out = forward(
         model,
         params,
-        batch["tokens"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
+        Inputs.training(batch["tokens"], segment_ids=batch["segment_ids"], rotary_positions=batch["positions"]),
         dtype=step.compute_dtype,
         remat=step.remat,
     )

@@ -1,12 +1,19 @@
 """Products in the forms that XLA:CPU makes fast. Each rests on a line of docs/performance.md, named beside it."""
 
+from __future__ import annotations
+
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen_jax.kernels import plain
 from qwen_jax.kernels.row_blocks import block_size, row_blocks
+from qwen_jax.kernels.spec import AttentionSpec
+
+Tree = TypeVar("Tree")
 
 # "Weights are stored [out, in] ... and stand left of the product up to 64 rows"
 FEW_ROWS = 64
@@ -75,3 +82,22 @@ def grouped_gradient(rows: jax.Array, d_out: jax.Array, group_sizes: jax.Array) 
 
     d_weight = jnp.zeros((len(group_sizes), d_out.shape[1], rows.shape[1]), jnp.float32)
     return lax.fori_loop(0, blocks.number, block, d_weight)
+
+
+def attention_of_one_query(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> plain.Attended:
+    """`plain.formula` with T = 1: "A single query stands right of the keys"."""
+
+    def keys_left(q: jax.Array, k: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bksh,bkqh->bksq", k, q, preferred_element_type=jnp.float32)
+        # without the barrier XLA:CPU turns it round again
+        return jnp.swapaxes(lax.optimization_barrier(scores), 2, 3)
+
+    return plain.formula(q, k, v, spec, keys_left)
+
+
+def kept_in_loop(tree: Tree) -> Tree:
+    """Arrays that a loop's body uses: "The embedding passes an optimization barrier in the decode loop".
+
+    Otherwise XLA:CPU hoists float32 copies of whole bfloat16 weights out of the loop.
+    """
+    return lax.optimization_barrier(tree)

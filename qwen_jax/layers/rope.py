@@ -22,6 +22,11 @@ class Rotary(flax.struct.PyTreeNode):
     query: tuple[Tables, ...]
     key: Tables
 
+    @property
+    def attending(self) -> tuple[Tables, ...]:
+        """Without the two that choose."""
+        return self.query[:3]
+
 
 def rotary_tables(
     config: ModelConfig,

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from qwen_jax.sharding import activation_spec, cache_heads
-
-# attend(q, k, v, AttentionSpec) -> (out, log-sum-exp)
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+from qwen_jax.kernels.choice import attend, attend_lse
+from qwen_jax.kernels.spec import AttentionSpec
+from qwen_jax.sharding import activation_spec, cache_heads, current_mesh
 
 
 def repeat_heads(x: jax.Array) -> jax.Array:
@@ -23,10 +20,18 @@ def repeat_heads(x: jax.Array) -> jax.Array:
     return jnp.repeat(x, cache_heads(x.shape[2]) // x.shape[2], axis=2)
 
 
-def sharded_attention(
-    attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, spec: Any, mesh: AbstractMesh
-) -> jax.Array:
-    """`attend` on every device's part of q [(3,) B, T, H, h] and of k, v [B, K, S, h], K a multiple of `tensor`.
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """softmax(q k^T / sqrt(h)) v with float32 scores; q [B, T, H, h], k and v [B, K, S, h] as caches hold them.
+
+    With `spec.chunk_length`, q is [3, B, T, H, h], see `kernels.plain`. Returns [B, T, H, h] in q's dtype. On a mesh
+    every device attends with its own rows, heads and part of the sequence; K is then a multiple of `tensor`.
+    """
+    mesh = current_mesh()
+    return attend(q, k, v, spec) if mesh is None else _sharded(q, k, v, spec, mesh)
+
+
+def _sharded(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, mesh: AbstractMesh) -> jax.Array:
+    """Every device's part of q [(3,) B, T, H, h] and of k, v [B, K, S, h].
 
     Where `context` splits the sequence, new tokens among themselves exchange heads for sequence (all-to-all, DeepSpeed
     Ulysses, arXiv 2309.14509), which balances the causal triangle; where the heads do not divide, keys and values go
@@ -34,7 +39,7 @@ def sharded_attention(
     """
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
     split = context > 1 and k.shape[2] % context == 0
-    among_themselves = split and isinstance(spec.offset, int) and spec.offset == 0
+    among_themselves = split and spec.from_beginning and q.shape[-3] == k.shape[2]
     out_shape, sequence = q.shape[-4:], "sequence" if among_themselves else None
     out_spec = activation_spec(mesh, out_shape, "batch", sequence, "heads", None)
     q_spec = PartitionSpec(*[None] * (q.ndim - 4), *out_spec)
@@ -58,47 +63,47 @@ def sharded_attention(
         local = _all_to_all if exchangeable else _ring
 
     def body(q: jax.Array, k: jax.Array, v: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-        return local(attend, q, k, v, spec.replace(**arrays), context)
+        return local(q, k, v, spec.replace(**arrays), context)
 
     in_specs = (q_spec, kv_spec, kv_spec, {name: array_spec(name, x) for name, x in arrays.items()})
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)(q, k, v, arrays)
 
 
-def _alone(attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, spec: Any, context: int) -> jax.Array:
-    return attend(q, k, v, spec)[0]
+def _alone(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, context: int) -> jax.Array:
+    return attend(q, k, v, spec)
 
 
-def _merged(attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, spec: Any, context: int) -> jax.Array:
+def _merged(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, context: int) -> jax.Array:
     """All queries against each device's part of the keys."""
-    out, lse = attend(q, k, v, spec.replace(offset=None))
+    out, lse = attend_lse(q, k, v, spec.replace(key_start=lax.axis_index("context") * k.shape[2]))
     weight = jnp.exp(lse - lax.stop_gradient(lax.pmax(lse, "context")))
     weight = jnp.swapaxes(weight, 1, 2)[..., None]  # [B, T, H, 1]
     return (lax.psum(out * weight, "context") / lax.psum(weight, "context")).astype(q.dtype)
 
 
-def _all_to_all(attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, spec: Any, context: int) -> jax.Array:
+def _all_to_all(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, context: int) -> jax.Array:
     """Each device attends with 1/context of its heads, over the whole sequence."""
     exchange = functools.partial(lax.all_to_all, axis_name="context", tiled=True)
     repeats = max(1, context // k.shape[1])
     k, v = (exchange(jnp.repeat(x, repeats, axis=1), split_axis=1, concat_axis=2) for x in (k, v))
-    names = ("query_positions", "query_segments", "key_positions", "key_segments")
+    names = ("query_segments", "query_chunks", "key_segments", "key_chunks")
     parts = {name: x for name in names if (x := getattr(spec, name)) is not None}
     whole = {name: lax.all_gather(x, "context", axis=1, tiled=True) for name, x in parts.items()}
-    out, _ = attend(exchange(q, split_axis=q.ndim - 2, concat_axis=q.ndim - 3), k, v, spec.replace(**whole))
+    out = attend(exchange(q, split_axis=q.ndim - 2, concat_axis=q.ndim - 3), k, v, spec.replace(**whole))
     return exchange(out, split_axis=1, concat_axis=2)
 
 
-def _ring(attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array, spec: Any, context: int) -> jax.Array:
+def _ring(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, context: int) -> jax.Array:
     """Each device keeps its queries, and the keys and values of all come by in turn."""
     rank, length = lax.axis_index("context"), q.shape[-3]
     to_next = [(i, (i + 1) % context) for i in range(context)]
-    keys = (k, v, spec.key_positions, spec.key_segments)
+    keys = (k, v, spec.key_segments, spec.key_chunks)
     out = lse = None
     for step in range(context):
-        k, v, positions, segments = keys
+        k, v, segments, chunks = keys
         source = (rank - step) % context
-        here = spec.replace(key_positions=positions, key_segments=segments, offset=(rank - source) * length)
-        part, part_lse = attend(q, k, v, here)
+        here = spec.replace(start=rank * length, key_start=source * length, key_segments=segments, key_chunks=chunks)
+        part, part_lse = attend_lse(q, k, v, here)
         part, part_lse = part.astype(jnp.float32), jnp.swapaxes(part_lse, 1, 2)[..., None]  # [B, T, H, 1]
         if out is None or lse is None:
             out, lse = part, part_lse

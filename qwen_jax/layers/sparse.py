@@ -3,8 +3,6 @@
 MInference's vertical-slash pattern (arXiv 2407.02490), with Dual Chunk Attention as the Qwen2.5-1M report describes.
 """
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -12,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from qwen_jax.config import SparsePrefill
+from qwen_jax.kernels.spec import AttentionSpec
 
 # A diagonal is read for so many queries at a time, and brings as many keys for each of them.
 BLOCK = 64
@@ -28,6 +27,7 @@ class SparseBudget(flax.struct.PyTreeNode):
     vertical: jax.Array  # [(L,) H] int32
     slash: jax.Array  # [(L,) H] int32
     last: jax.Array  # [B] int32, index of the last query that is no padding
+    rows: jax.Array  # [B] bool, False where a row reads everything
     max_vertical: int = flax.struct.field(pytree_node=False)
     max_slash: int = flax.struct.field(pytree_node=False)
 
@@ -35,22 +35,28 @@ class SparseBudget(flax.struct.PyTreeNode):
         return self.replace(vertical=self.vertical[layer], slash=self.slash[layer])
 
 
-def sparse_budgets(sparse: SparsePrefill, lengths: jax.Array, positions: jax.Array) -> SparseBudget:
-    """The budgets of all layers, for new tokens at `positions` [B, T] of sequences of true `lengths` [B]."""
+def sparse_budgets(sparse: SparsePrefill, lengths: jax.Array, start: jax.Array | int, num_queries: int) -> SparseBudget:
+    """The budgets of all layers, for new tokens from place `start` on of sequences of true `lengths` [B].
+
+    A sequence up to the threshold reads everything, whatever stands beside it.
+    """
     vertical, slash = np.asarray(sparse.vertical, np.int32), np.asarray(sparse.slash, np.int32)
-    last = jnp.clip(lengths - 1 - positions[:, 0], 0, positions.shape[1] - 1)
+    last = jnp.clip(lengths - 1 - start, 0, num_queries - 1)
     # released budgets of 30 columns, the least, are read as 130 by released code
     vertical = np.where(vertical == FIRST_COLUMNS, 130, np.maximum(vertical, FIRST_COLUMNS))
     slash = np.maximum(slash, FEWEST_DIAGONALS)
-    return SparseBudget(jnp.asarray(vertical), jnp.asarray(slash), last, int(vertical.max()), int(slash.max()))
+    rows = lengths > sparse.threshold
+    return SparseBudget(jnp.asarray(vertical), jnp.asarray(slash), last, rows, int(vertical.max()), int(slash.max()))
 
 
-def sparse_attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: Any) -> tuple[jax.Array, jax.Array]:
-    """`attend` with `spec.sparse`, over keys of a cache, where key j has position j; exact softmax over what is read.
+def sparse_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, budget: SparseBudget
+) -> tuple[jax.Array, jax.Array]:
+    """`attend_lse` within the budget of one layer, over a cache's keys; exact softmax over what is read.
 
     q [B, T, H, h], or [5, B, T, H, h] under Dual Chunk Attention: the three that attend and the two that choose in
-    place of the second and third, at unclamped positions. The queries of a row have consecutive positions. exp of the
-    difference between this log-sum-exp and full attention's is the share of attention that was read.
+    place of the second and third, at unclamped positions. exp of the difference between this log-sum-exp and full
+    attention's is the share of attention that was read.
     """
     shape, num_kv_heads = q.shape[-4:], k.shape[1]
     (batch, num_queries, num_heads, head_dim), groups = shape, shape[2] // num_kv_heads
@@ -58,8 +64,9 @@ def sparse_attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: Any) -> tup
     readers, choosers = variants[:3], jnp.concatenate([variants[:1], variants[3:]])
     padding = [(0, 0), (0, 0), (0, -num_queries % BLOCK), (0, 0), (0, 0)]
     readers = jnp.pad(readers, padding)
-    positions = spec.query_positions[:, :1] + jnp.arange(readers.shape[2])[None]  # [B, T]
-    first = jnp.clip(spec.sparse.last - LAST_QUERIES + 1, 0, max(num_queries - LAST_QUERIES, 0))  # [B]
+    start = jnp.broadcast_to(jnp.asarray(spec.start, jnp.int32), (batch,))
+    positions = start[:, None] + jnp.arange(readers.shape[2])[None]  # [B, T]
+    first = jnp.clip(budget.last - LAST_QUERIES + 1, 0, max(num_queries - LAST_QUERIES, 0))  # [B]
     chosen_by = first[:, None] + jnp.arange(min(LAST_QUERIES, num_queries))[None]  # [B, n]
 
     def of_head(row: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,13 +76,14 @@ def sparse_attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: Any) -> tup
             choosers[:, row, at, head],
             keys,
             positions[row, at],
-            at <= spec.sparse.last[row],
+            at <= budget.last[row],
             spec.chunk_length,
-            spec.sparse.vertical[head],
-            spec.sparse.slash[head],
-            spec.sparse.max_vertical,
-            spec.sparse.max_slash,
+            budget.vertical[head],
+            budget.slash[head],
+            budget.max_vertical,
+            budget.max_slash,
         )
+        columns |= ~budget.rows[row]
         before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(diagonals)])  # diagonals below each offset
 
         def block(index: jax.Array) -> tuple[jax.Array, jax.Array]:

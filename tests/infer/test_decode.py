@@ -12,7 +12,7 @@ from infer.decode import bucket, half_bucket, widen
 from infer.qwen import Answer, Qwen
 from infer.sampling import Sampling
 from qwen_jax.errors import InputError
-from qwen_jax.model import forward, init, unembed
+from qwen_jax.model import Inputs, forward, init, unembed
 from tests.infer import tiny
 
 GREEDY = Sampling()
@@ -23,7 +23,8 @@ PROMPTS = [rng.integers(0, 256, n).tolist() for n in (5, 31, 47)]
 
 @functools.partial(jax.jit, static_argnames=("config", "dynamic"))
 def _all_logits(config, params, tokens, lengths, dynamic):
-    hidden = forward(config, params, tokens, inference_lengths=lengths if dynamic else None).hidden
+    inputs = Inputs.inference(tokens, lengths=lengths) if dynamic else Inputs.training(tokens)
+    hidden = forward(config, params, inputs).hidden
     return jax.nn.log_softmax(unembed(config, params, hidden)[..., : len(tiny.tokenizer())])
 
 
@@ -161,7 +162,7 @@ def test_padding_rows_are_never_produced(params):
     tokens = len(tiny.tokenizer())
     changed["lm_head"]["embedding"] = head.at[tokens:].set(1000 * head[tokens:])
     model = Qwen(tiny.CONFIG, changed, tiny.tokenizer())
-    hidden = forward(tiny.CONFIG, model.params, jnp.array(PROMPTS[1])[None]).hidden
+    hidden = forward(tiny.CONFIG, model.params, Inputs.inference(jnp.array(PROMPTS[1])[None])).hidden
     assert (jnp.argmax(unembed(tiny.CONFIG, model.params, hidden), -1) >= tokens).all()
     hot = [Sampling(temperature=3e38, seed=seed) for seed in range(3)]  # the lowest float would be likely
     for samplings in ([GREEDY] * 3, hot):

@@ -20,7 +20,7 @@ from infer.evaluate_schemes import trained_length, with_scheme
 from infer.qwen import Answer, Qwen
 from qwen_jax.config import DualChunk, DynamicNtkScaling, LinearScaling, ModelConfig, NtkScaling, YarnScaling
 from qwen_jax.errors import InputError
-from qwen_jax.model import forward, init, unembed
+from qwen_jax.model import Inputs, forward, init, unembed
 from tests.infer import tiny
 
 # --- schemes ----------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ IDS = np.random.default_rng(7).integers(0, 256, 400).astype(np.int32)
 def brute_force(config, params, windows, scored: int, dynamic: bool) -> np.ndarray:
     """Of each window, the mean of -log p over its last `scored` tokens, from all logits of one plain pass."""
     lengths = jnp.full(len(windows), windows.shape[1]) if dynamic else None
-    hidden = forward(config, params, jnp.asarray(windows), inference_lengths=lengths).hidden
+    hidden = forward(config, params, Inputs.inference(jnp.asarray(windows), lengths=lengths)).hidden
     logprobs = np.asarray(jax.nn.log_softmax(unembed(config, params, hidden[:, :-1])))
     nll = -np.take_along_axis(logprobs, windows[:, 1:, None], axis=-1)[..., 0]
     return nll[:, -scored:].mean(axis=1)

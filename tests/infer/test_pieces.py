@@ -12,7 +12,7 @@ from infer.decode import PIECE, prefill
 from infer.qwen import Qwen
 from infer.sampling import Sampling
 from qwen_jax.config import DualChunk, YarnScaling
-from qwen_jax.layers import attention
+from qwen_jax.kernels import plain
 from qwen_jax.model import init, unstack
 from tests.infer import tiny
 
@@ -37,7 +37,7 @@ def read(config, params, piece, tokens=TOKENS, lengths=LENGTHS):
     ("name", "stacked"), [(name, False) for name in CONFIGS] + [("dual_chunk", True)], ids=lambda x: str(x)
 )
 def test_pieces_are_the_whole(name, stacked, monkeypatch):
-    monkeypatch.setattr(attention, "KEY_BLOCK", 48)  # blocks that fit neither the pieces nor the 170 slots
+    monkeypatch.setattr(plain, "KEY_BLOCK", 48)  # blocks that fit neither the pieces nor the 170 slots
     config = CONFIGS[name]
     params = init(config, jax.random.key(0))
     params = params if stacked else unstack(params)

@@ -20,7 +20,7 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from qwen_jax.cache import Cache
+from qwen_jax.cache import ContiguousCache
 from qwen_jax.kernels.decode import decode_attention, paged_decode_attention
 
 topology, splits = sys.argv[1], int(sys.argv[2])
@@ -68,7 +68,7 @@ for heads, num_kv_heads, width in ((14, 2, 64), (28, 4, 128), (64, 8, 128)):
             cache, x = state
             q = x.reshape(-1, heads, width)
             k, v = q[:, :num_kv_heads, None], q[:, -num_kv_heads:, None]
-            cache, _, _ = cache.append(layer, k, v, cache.lengths[:, None])
+            cache = cache.write(layer, k, v, cache.lengths)
             out = decode_attention(q, cache.k, cache.v, cache.lengths + 1, layer=layer, splits=splits)
             return cache, x + out.reshape(x.shape)
 
@@ -78,7 +78,8 @@ for heads, num_kv_heads, width in ((14, 2, 64), (28, 4, 128), (64, 8, 128)):
     k = array((layers, 8, num_kv_heads, 32768, width), jnp.bfloat16)
     lengths = array((8,), jnp.int32)
     x = array((8, heads * width), jnp.bfloat16)
-    report(f"{heads}/{num_kv_heads}/{width} a step of all layers", step, Cache(k, k, lengths, lengths), x, donate=0)
+    cache = ContiguousCache(k, k, lengths, lengths)
+    report(f"{heads}/{num_kv_heads}/{width} a step of all layers", step, cache, x, donate=0)
 """
 
 

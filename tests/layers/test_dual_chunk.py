@@ -15,10 +15,11 @@ from infer.qwen import Qwen  # noqa: E402
 from infer.sampling import Sampling  # noqa: E402
 from qwen_jax.config import DualChunk, ModelConfig  # noqa: E402
 from qwen_jax.errors import InputError  # noqa: E402
-from qwen_jax.layers import attention as attention_module  # noqa: E402
-from qwen_jax.layers.attention import AttentionSpec, attention  # noqa: E402
+from qwen_jax.kernels import plain as plain_module  # noqa: E402
+from qwen_jax.kernels.spec import AttentionSpec  # noqa: E402
 from qwen_jax.layers.rope import rotary_tables, rotate  # noqa: E402
-from qwen_jax.model import forward, init, unembed  # noqa: E402
+from qwen_jax.layers.sharded_attention import attention  # noqa: E402
+from qwen_jax.model import Inputs, forward, init, unembed  # noqa: E402
 from tests.infer import tiny  # noqa: E402
 from tests.layers.dense_dual_chunk import dense_attention, dense_model  # noqa: E402
 
@@ -35,7 +36,14 @@ def attend(config: ModelConfig, q, k, v, positions, segments, lengths=None):
     q = jnp.stack([rotate(q, tables) for tables in rotary.query])
     k, v = jnp.swapaxes(rotate(k, rotary.key), 1, 2), jnp.swapaxes(v, 1, 2)
     chunk_length = config.dual_chunk.chunk_length
-    spec = AttentionSpec(positions, positions, segments, segments, offset=0, chunk_length=chunk_length)
+    chunks = positions // chunk_length
+    spec = AttentionSpec(
+        query_segments=segments,
+        key_segments=segments,
+        chunk_length=chunk_length,
+        query_chunks=chunks,
+        key_chunks=chunks,
+    )
     return attention(q, k, v, spec)
 
 
@@ -45,8 +53,8 @@ def attend(config: ModelConfig, q, k, v, positions, segments, lengths=None):
 def test_values_and_gradients_with_packing(chunk, prompt_length, blocked, monkeypatch):
     """Two documents, of 110 and 40 tokens; positions and chunks begin anew with each."""
     if blocked:  # the path of long sequences: blocks of queries under lax.map
-        monkeypatch.setattr(attention_module, "CAUSAL_BLOCKS", 0)
-        monkeypatch.setattr(attention_module, "QUERY_BLOCK", 30)
+        monkeypatch.setattr(plain_module, "CAUSAL_BLOCKS", 0)
+        monkeypatch.setattr(plain_module, "QUERY_BLOCK", 30)
     config = dataclasses.replace(CONFIG, dual_chunk=chunk)
     positions = [*range(110), *range(40)]
     segments = [1] * 110 + [2] * 40
@@ -124,7 +132,8 @@ def test_plain_attention_within_one_chunk():
     plain = dataclasses.replace(CONFIG, dual_chunk=None)
 
     def logits(config, length):
-        return unembed(config, params, forward(config, params, jnp.asarray(TOKENS[:, :length])).hidden)
+        inputs = Inputs.training(jnp.asarray(TOKENS[:, :length]))
+        return unembed(config, params, forward(config, params, inputs).hidden)
 
     np.testing.assert_array_equal(logits(CONFIG, 32), logits(plain, 32))
     ours, theirs = logits(CONFIG, 64), logits(plain, 64)
@@ -138,8 +147,7 @@ def test_successive_chunk_is_plain_attention_within_the_window():
     q, k, v = (jnp.asarray(rng.normal(size=(1, 40, heads, 8)), jnp.float32) for heads in (4, 2, 2))
     positions = jnp.arange(40)[None]
     turned_q, turned_k = (rotate(x, rotary_tables(tiny.CONFIG, positions).key) for x in (q, k))
-    spec = AttentionSpec(positions, positions)
-    plain = attention(turned_q, jnp.swapaxes(turned_k, 1, 2), jnp.swapaxes(v, 1, 2), spec)
+    plain = attention(turned_q, jnp.swapaxes(turned_k, 1, 2), jnp.swapaxes(v, 1, 2), AttentionSpec())
     np.testing.assert_allclose(attend(CONFIG, q, k, v, positions, None), plain, atol=1e-5)
 
 

@@ -27,7 +27,7 @@ from qwen_jax.layers.rope import (
     rotary_tables,
     yarn_attention_factor,
 )
-from qwen_jax.model import forward, init, unstack
+from qwen_jax.model import Inputs, forward, init, unstack
 from qwen_jax.presets import load_preset
 from tests.infer import tiny
 
@@ -202,6 +202,6 @@ def test_sines_are_computed_once_for_all_layers() -> None:
     params = unstack(init(tiny.CONFIG, jax.random.key(0)))
     assert len(params["layers"]) > 1
     tokens = jnp.zeros((1, 64), jnp.int32)
-    program = jax.jit(lambda params, tokens: forward(tiny.CONFIG, params, tokens).hidden)
+    program = jax.jit(lambda params, tokens: forward(tiny.CONFIG, params, Inputs.training(tokens)).hidden)
     text = program.lower(params, tokens).compile().as_text()
     assert text.count(" sine(") == text.count(" cosine(") == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.config import DynamicNtkScaling, ModelConfig, NtkScaling, RopeScaling, YarnScaling
-from qwen_jax.model import forward, init, unstack
+from qwen_jax.model import Inputs, forward, init, unstack
 from tests.infer import tiny
 
 TOKENS = np.random.default_rng(3).integers(0, 256, (1, 1000)).astype(np.int32)
@@ -47,7 +47,7 @@ def test_layer_windows_by_their_reach(windows, reach, stacked):
     params = init(config, jax.random.key(0))
     params = params if stacked else unstack(params)
     tokens, at = jnp.asarray(TOKENS[:, :60]), 20
-    before = forward(config, params, tokens).hidden
-    after = forward(config, params, tokens.at[0, at].set(300)).hidden
+    before = forward(config, params, Inputs.training(tokens)).hidden
+    after = forward(config, params, Inputs.training(tokens.at[0, at].set(300))).hidden
     changed = np.flatnonzero(np.any(np.abs(before - after) > 1e-6, axis=-1)[0])
     assert changed.tolist() == list(range(at, 60 if reach is None else at + reach + 1))

@@ -17,9 +17,9 @@ from infer import parity, torch_reference  # noqa: E402
 from infer.parity_texts import TEXTS, folded  # noqa: E402
 from qwen_jax.config import MODEL_TYPES, ModelConfig  # noqa: E402
 from qwen_jax.hf_config import load_config  # noqa: E402
-from qwen_jax.layers import attention  # noqa: E402
+from qwen_jax.kernels import plain  # noqa: E402
 from qwen_jax.layers.moe import load_balancing_loss  # noqa: E402
-from qwen_jax.model import forward, unstack  # noqa: E402
+from qwen_jax.model import Inputs, forward, unstack  # noqa: E402
 from qwen_jax.weights.load import load_params  # noqa: E402
 from qwen_jax.weights.open import open_checkpoint  # noqa: E402
 
@@ -97,7 +97,7 @@ def test_every_stage_and_gradient(pair: Pair) -> None:
 
 @pytest.mark.parametrize("pair", [("qwen2", "plain")], indirect=True, ids="-".join)
 def test_long_prompt_and_greedy(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "CAUSAL_BLOCKS", 0)  # the path of thousands of tokens, here in two blocks of 512
+    monkeypatch.setattr(plain, "CAUSAL_BLOCKS", 0)  # the path of thousands of tokens, here in two blocks of 512
     report = parity.check(pair.folder, PROMPTS, num_tokens=1024, gradient_tokens=1024, greedy_tokens=40)
     assert_all_hold(report.measures)
     assert report.measures[-1].name == "greedy: tokens that differ, of 6 x 40"
@@ -172,7 +172,8 @@ def test_load_balancing_loss(pair: Pair) -> None:
 
     @jax.jit
     def loss(tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return load_balancing_loss(forward(pair.config, pair.params, tokens, segment_ids=mask).router)
+        inputs = Inputs.training(tokens, segment_ids=mask)
+        return load_balancing_loss(forward(pair.config, pair.params, inputs).router)
 
     np.testing.assert_allclose(loss(jnp.asarray(tokens), jnp.asarray(mask, jnp.int32)), expected, rtol=1e-6)
 

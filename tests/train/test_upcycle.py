@@ -10,7 +10,7 @@ import pytest
 
 from qwen_jax.config import MoeConfig
 from qwen_jax.errors import InputError
-from qwen_jax.model import forward, unembed
+from qwen_jax.model import Inputs, forward, unembed
 from qwen_jax.weights.export import save_hf
 from qwen_jax.weights.load import ParamsCheckpoint, flatten, load_params
 from qwen_jax.weights.open import open_checkpoint
@@ -84,7 +84,9 @@ def test_transformers_runs_what_the_command_writes(tmp_path):
     assert checkpoint.config.moe == dataclasses.replace(MOE.moe, aux_loss_coef=0.001)
     tokens = np.random.default_rng(0).integers(0, 64, (2, 32))
     params = load_params(checkpoint, np.float32, progress=False)
-    hidden = jax.jit(lambda p, t: unembed(checkpoint.config, p, forward(checkpoint.config, p, t).hidden))
+    hidden = jax.jit(
+        lambda p, t: unembed(checkpoint.config, p, forward(checkpoint.config, p, Inputs.training(t)).hidden)
+    )
     expected = model(torch.tensor(tokens)).logits.detach().numpy()
     np.testing.assert_allclose(hidden(params, tokens), expected, atol=1e-5)
 
