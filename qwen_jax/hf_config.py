@@ -185,6 +185,7 @@ def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, NtkScaling(factor)
     if raw.pop("truncate", True) is not True:
         raise InputError(f"{key} truncate=false is not supported; no Qwen uses it.")
+    raw.pop("attn_factor", None)  # vLLM's, in DeepSeek-R1-0528-Qwen3-8B; transformers does not read it
     name = "original_max_position_embeddings"
     original = raw.pop(name, c["max_position_embeddings"])
     if c.get(name) is not None:

@@ -103,6 +103,6 @@ ROPE_KEYS = {
     "ntk": frozenset({"factor"}),
     "yarn": frozenset(
         """factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale mscale_all_dim
-        truncate""".split()
+        truncate attn_factor""".split()
     ),
 }

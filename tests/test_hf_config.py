@@ -168,7 +168,7 @@ DCA = {"chunk_size": 8, "local_size": 2}
         ({"rope_scaling": {"type": "longrope", "factor": 4}}, "rope_scaling type 'longrope' is not supported"),
         ({"rope_scaling": {"factor": 4}}, "rope_scaling type None is not supported"),
         ({"rope_parameters": {"type": "yarn", "factor": 0.5}}, "rope_parameters factor is 0.5; it must be a number of"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4, "attn_factor": 1}}, "unknown key 'attn_factor'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "short_factor": 1}}, "unknown key 'short_factor'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4, "truncate": False}}, "truncate=false is not supported"),
         ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; it must be a mapping"),
