@@ -1,5 +1,7 @@
 """What may stand for a weight in the parameter tree, and the products that the model makes with one."""
 
+from qwen_jax.leaves.int8 import Int8
+from qwen_jax.leaves.lora import Lora
 from qwen_jax.leaves.packed import Packed, pack_mlp
 from qwen_jax.leaves.project import project, swiglu, swiglu_mlp
 from qwen_jax.leaves.weight import (
@@ -15,7 +17,9 @@ from qwen_jax.leaves.weight import (
 )
 
 __all__ = [
+    "Int8",
     "Leaf",
+    "Lora",
     "Packed",
     "Weight",
     "gathered",

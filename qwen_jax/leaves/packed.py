@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qwen_jax.kernels import cpu
-from qwen_jax.leaves.weight import Weight
+from qwen_jax.leaves.weight import Component, Weight
 
 
 class Packed(Weight):
     """A weight [*out, *in] in buffers of its own: mostly one, or parts along an axis. No layers in front, no mesh."""
 
-    parts: tuple[jax.Array, ...]
+    parts: tuple[Component, ...]
     axis: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
@@ -47,7 +47,7 @@ class Packed(Weight):
 class Half(Weight):
     """The gate (0) or the up projection (1) [F, D] of an MLP, which lie together in parts [2, f, D] that both hold."""
 
-    parts: tuple[jax.Array, ...]
+    parts: tuple[Component, ...]
     which: int = flax.struct.field(pytree_node=False, default=0)
 
     @property

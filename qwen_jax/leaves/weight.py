@@ -16,6 +16,9 @@ from qwen_jax import sharding
 from qwen_jax.kernels.grouped import grouped_matmul as dense_grouped_matmul
 from qwen_jax.leaves import dense
 
+# An array of a weight; in a tree of shapes, shardings or gradients, what stands there for it.
+Component = Any
+
 
 class Weight(flax.struct.PyTreeNode):
     """Stands for a dense array [*out, *in], or for one per expert or layer, with these axes in front.

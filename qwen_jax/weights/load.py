@@ -71,7 +71,9 @@ def _read_shard(
 class ParamsCheckpoint(Checkpoint):
     """Parameters in memory as a Checkpoint, for exporting them; `base` gives tokenizer and generation config.
 
-    Leaves are numpy arrays or jax.Arrays of this process. Raises InputError unless the tree is exactly `config`'s.
+    Leaves are numpy arrays or jax.Arrays of this process, or weights that stand for one (`qwen_jax.leaves`), and layers
+    stacked or not, so that what `infer.prepare` made is exported as well. Raises InputError unless the tree is exactly
+    `config`'s.
     """
 
     def __init__(self, params: Mapping[str, Any], config: ModelConfig, base: Checkpoint | None = None) -> None:
@@ -80,21 +82,42 @@ class ParamsCheckpoint(Checkpoint):
         self.hf_extra = base.hf_extra if base else {}
         self.source = base.source if base else Path("parameters in memory")
         self._base = base
-        self._arrays = dict(flatten(params))
+        self._held = _by_path(params)
+        self._dense: tuple[Any, Any] = (None, None)  # the weight that was last asked for, and what it stands for
         expected = {leaf.path: leaf.shape for leaf in self.leaves}
-        given = {path: tuple(array.shape) for path, array in self._arrays.items()}
+        given = {path: _shape(held) for path, held in self._held.items()}
         if wrong := sorted(p for p in expected.keys() | given.keys() if expected.get(p) != given.get(p)):
             path = wrong[0]
             raise InputError(
                 f"the parameters do not fit the configuration: {path} should be {expected.get(path, 'absent')}, "
                 f"but is {given.get(path, 'absent')}."
             )
-        self.dtypes = {path: np.dtype(array.dtype) for path, array in self._arrays.items()}
+        self.dtypes = {path: np.dtype(_first(held).dtype) for path, held in self._held.items()}
 
     def _read(self, path: str, index: Index, out: np.ndarray) -> None:
         import jax
 
-        array = self._arrays[path]
+        from qwen_jax.leaves import Weight
+
+        held = self._held[path]
+        if isinstance(held, list) or (isinstance(held, Weight) and path.startswith("layers/")):
+            for place, layer in enumerate(range(*index[0].indices(_shape(held)[0]))):
+                one = held[layer] if isinstance(held, list) else jax.tree.map(lambda x, i=layer: x[i], held)
+                self._copy((path, layer), one, index[1:], out[place])
+        else:
+            self._copy(path, held, index, out)
+
+    def _copy(self, key: Any, leaf: Any, index: Index, out: np.ndarray) -> None:
+        import jax
+
+        from qwen_jax.leaves import Weight
+
+        array = leaf
+        if isinstance(leaf, Weight):
+            known, array = self._dense
+            if known != key:
+                array = leaf.dense()
+                self._dense = (key, array)
         if not isinstance(array, jax.Array):
             out[...] = array[index]
             return
@@ -121,6 +144,26 @@ class ParamsCheckpoint(Checkpoint):
     def write_assets(self, folder: Path) -> None:
         if self._base:
             self._base.write_assets(folder)
+
+
+def _by_path(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by path; a list of them, one for each layer, where layers are apart."""
+    held: dict[str, Any] = {}
+    for name, tree in params.items():
+        if isinstance(tree, tuple):
+            layers = [dict(flatten(layer, f"{name}/")) for layer in tree]
+            held |= {path: [layer[path] for layer in layers] for path in layers[0]}
+        else:
+            held |= dict(flatten({name: tree}))
+    return held
+
+
+def _first(held: Any) -> Any:
+    return held[0] if isinstance(held, list) else held
+
+
+def _shape(held: Any) -> tuple[int, ...]:
+    return (len(held), *held[0].shape) if isinstance(held, list) else tuple(held.shape)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

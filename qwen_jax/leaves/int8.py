@@ -1,0 +1,54 @@
+"""Weights in 8 bits, with a scale for each output channel; activations keep their type (weight-only)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from qwen_jax.leaves.weight import Component, Weight, grouped_matmul, lookup, matmul
+
+
+class Int8(Weight):
+    """values[*out, *in] * scale[*out]. No gradient goes to it; gradients go through it."""
+
+    values: Component  # int8
+    scale: Component  # in the type of the weight that this stands for
+
+    @classmethod
+    def quantise(cls, weight: jax.Array, num_in: int = 1) -> Int8:
+        """The nearest multiples of each channel's largest magnitude / 127; the last `num_in` axes are summed over."""
+        summed = tuple(range(weight.ndim - num_in, weight.ndim))
+        scale = (jnp.max(jnp.abs(weight), summed, keepdims=True).astype(jnp.float32) / 127).astype(weight.dtype)
+        values = weight.astype(jnp.float32) / jnp.where(scale == 0, 1, scale).astype(jnp.float32)
+        return cls(jnp.clip(jnp.round(values), -127, 127).astype(jnp.int8), jnp.squeeze(scale, summed))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.scale.dtype
+
+    def dense(self) -> jax.Array:
+        scale = self.scale.reshape(self.scale.shape + (1,) * (self.values.ndim - self.scale.ndim))
+        return (self.values.astype(jnp.float32) * scale.astype(jnp.float32)).astype(self.dtype)
+
+    def axes(self, axes: Sequence[str | None]) -> Sequence[Sequence[str | None]]:
+        return [axes, axes[: self.scale.ndim]]
+
+    def matmul(self, x: jax.Array, num_in: int, dtype: DTypeLike) -> jax.Array:
+        y = matmul(self.values, x, num_in)
+        scale = self.scale.astype(jnp.float32)
+        return (y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)).astype(dtype)
+
+    def lookup(self, ids: jax.Array) -> jax.Array:
+        scale = lookup(self.scale[:, None], ids).astype(jnp.float32)
+        return (lookup(self.values, ids).astype(jnp.float32) * scale).astype(self.dtype)
+
+    def grouped_matmul(self, rows: jax.Array, group_sizes: jax.Array, dtype: DTypeLike) -> jax.Array:
+        group = jnp.repeat(jnp.arange(len(group_sizes)), group_sizes, total_repeat_length=len(rows))
+        return (grouped_matmul(self.values, rows, group_sizes) * self.scale[group].astype(jnp.float32)).astype(dtype)

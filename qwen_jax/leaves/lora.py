@@ -1,0 +1,75 @@
+"""Low-rank adaptation: a weight of any kind plus a product of two narrow matrices (LoRA, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from qwen_jax.leaves.weight import Component, Leaf, Weight, grouped_matmul, lookup, matmul
+
+
+class Lora(Weight):
+    """base[*out, *in] + scaling * b[*out, r] a[r, *in].
+
+    Whoever trains it takes gradients of `a` and `b` alone; the products for the base's are then not made.
+    """
+
+    base: Component
+    a: Component
+    b: Component
+    scaling: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    @classmethod
+    def create(
+        cls, base: Leaf, rank: int, alpha: float, key: jax.Array, *, num_in: int = 1, num_front: int = 0
+    ) -> Lora:
+        """An adapter that changes nothing yet, float32: b is 0, a uniform within 1 / sqrt(in), as PEFT begins.
+
+        num_front: axes of experts or layers in front of the base's [*out, *in].
+        """
+        front, inner = base.shape[:num_front], base.shape[base.ndim - num_in :]
+        bound = 1 / math.sqrt(math.prod(inner))
+        a = jax.random.uniform(key, (*front, rank, *inner), minval=-bound, maxval=bound)
+        return cls(base, a, jnp.zeros((*base.shape[: base.ndim - num_in], rank)), alpha / rank)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.base.dtype
+
+    @property
+    def _num_front(self) -> int:
+        return self.a.ndim + self.b.ndim - 2 - self.base.ndim
+
+    def dense(self) -> jax.Array:
+        product = jnp.tensordot
+        for _ in range(self._num_front):
+            product = jax.vmap(product, (0, 0, None))
+        base = self.base.dense() if isinstance(self.base, Weight) else self.base
+        return (base.astype(jnp.float32) + self.scaling * product(self.b, self.a, 1)).astype(self.dtype)
+
+    def axes(self, axes: Sequence[str | None]) -> Sequence[Sequence[str | None]]:
+        front, inner = tuple(axes[: self._num_front]), tuple(axes[self.b.ndim - 1 :])
+        base = self.base.axes(axes) if isinstance(self.base, Weight) else [axes]
+        return [*base, (*front, None, *inner), (*axes[: self.b.ndim - 1], None)]
+
+    def matmul(self, x: jax.Array, num_in: int, dtype: DTypeLike) -> jax.Array:
+        narrow = matmul(self.a, x, num_in).astype(x.dtype)
+        return (matmul(self.base, x, num_in) + self.scaling * matmul(self.b, narrow)).astype(dtype)
+
+    def lookup(self, ids: jax.Array) -> jax.Array:
+        rows = lookup(self.b, ids) @ self.a
+        return (lookup(self.base, ids).astype(jnp.float32) + self.scaling * rows).astype(self.dtype)
+
+    def grouped_matmul(self, rows: jax.Array, group_sizes: jax.Array, dtype: DTypeLike) -> jax.Array:
+        narrow = grouped_matmul(self.a, rows, group_sizes).astype(rows.dtype)
+        added = grouped_matmul(self.b, narrow, group_sizes)
+        return (grouped_matmul(self.base, rows, group_sizes) + self.scaling * added).astype(dtype)
