@@ -40,8 +40,12 @@ def whole(name: str, value: object, *, least: int = 1, most: int = MAX_SIZE) -> 
 
 def number(name: str, value: object, *, least: float | None = None, most: float = 3e38) -> float:
     """`value` as a float if it is a number from `least` (without one, above 0) to `most`. Raises InputError if not."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not (value > 0 if least is None else value >= least) or value > most:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (value > 0 if least is None else value >= least)
+        or value > most
+    ):
         limit = "above 0" if least is None else f"of at least {least:g}"
         raise InputError(
             f"{name} is {shown(value)}; it must be a number {limit} and at most {most:g}, so correct the file."

@@ -254,7 +254,8 @@ def _dual_chunk_from_hf(raw: Any) -> DualChunk | None:
 
 def _sparse_from_hf(raw: Any) -> SparsePrefill | None:
     """A list of {head: ["vertical_and_slash", vertical, slash, score]}, one mapping per layer, as MInference has it."""
-    layers = (raw or {}).get("sparse_attention_config")
+    raw = raw or {}
+    layers = raw.get("sparse_attention_config")
     if not layers or not flag("sparse_attention_enabled", raw.get("sparse_attention_enabled", True)):
         return None
     if not isinstance(layers, list):

@@ -93,7 +93,7 @@ class Spoken(str):
     def __mul__(self, count: SupportsIndex) -> Spoken:
         return Spoken(str.__mul__(self, count), self.marks * count)
 
-    __rmul__ = __mul__
+    __rmul__ = __mul__  # pyright: ignore[reportAssignmentType]
 
     def __getitem__(self, key: SupportsIndex | slice) -> Spoken:
         return Spoken(str.__getitem__(self, key), self.marks[key])
