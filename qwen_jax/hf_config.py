@@ -254,15 +254,16 @@ def _dual_chunk_from_hf(raw: Any) -> DualChunk | None:
 
 def _sparse_from_hf(raw: Any) -> SparsePrefill | None:
     """A list of {head: ["vertical_and_slash", vertical, slash, score]}, one mapping per layer, as MInference has it."""
-    raw = raw or {}
-    layers = raw.get("sparse_attention_config")
+    layers = (raw or {}).get("sparse_attention_config")
     if not layers or not flag("sparse_attention_enabled", raw.get("sparse_attention_enabled", True)):
         return None
     if not isinstance(layers, list):
         raise InputError(f"sparse_attention_config is {shown(layers)}; it must be a list of one mapping per layer.")
     vertical, slash = [], []
     for i, layer in enumerate(layers):
-        heads = [layer.get(str(head)) for head in range(len(layer))] if isinstance(layer, Mapping) else [None]
+        heads: list[Any] = (
+            [layer.get(str(head)) for head in range(len(layer))] if isinstance(layer, Mapping) else [None]
+        )
         if not all(isinstance(h, list) and len(h) >= 3 and h[0] == "vertical_and_slash" for h in heads):
             raise InputError(
                 f"sparse_attention_config of layer {i} is not a mapping of every head to "
