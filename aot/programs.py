@@ -7,9 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
-from qwen_jax.hf_config import load_config
 from qwen_jax.local_path import local_path
 from qwen_jax.presets import load_preset
 

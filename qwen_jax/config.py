@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from qwen_jax.checked import shown
+from qwen_jax.checked import mapping, read_json, shown
 from qwen_jax.errors import InputError
 
 ModelType = Literal["qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
@@ -201,3 +202,21 @@ class ModelConfig:
         from qwen_jax.hf_config import to_hf
 
         return to_hf(self)
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """ModelConfig from a `config.json` file, or from the folder that holds one.
+
+    Raises InputError when it is missing, is not JSON, or says what is not known.
+    """
+    from qwen_jax.hf_config import with_sparse_file
+
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise InputError(f"{path} does not exist; a model folder needs a config.json.")
+    config = read_json(path)
+    try:
+        return ModelConfig.from_hf(with_sparse_file(mapping("its content", config), path.parent))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

@@ -27,7 +27,7 @@ from qwen_jax.config import (
 )
 from qwen_jax.errors import InputError
 
-SPARSE_FILE = "sparse_attention_config.json"  # beside config.json in a Qwen2.5-1M folder
+_SPARSE_FILE = "sparse_attention_config.json"  # beside config.json in a Qwen2.5-1M folder
 
 _ARCHITECTURES = {
     "qwen": "QWenLMHeadModel",
@@ -38,22 +38,9 @@ _ARCHITECTURES = {
 }
 
 
-def load_config(path: str | Path) -> ModelConfig:
-    """ModelConfig from a `config.json` file, or from the folder that holds one."""
-    path = Path(path)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.exists():
-        raise InputError(f"{path} does not exist; a model folder needs a config.json.")
-    read = read_json(path)
-    try:
-        return from_hf(_with_sparse_file(mapping("its content", read), path.with_name(SPARSE_FILE)))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _with_sparse_file(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The mapping with the sparse attention budgets that Qwen2.5-1M keeps in a file of their own."""
-    declared = config.get("dual_chunk_attention_config")
+def with_sparse_file(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The mapping with the sparse attention budgets that Qwen2.5-1M keeps in a file of their own, if there is one."""
+    declared, path = config.get("dual_chunk_attention_config"), folder / _SPARSE_FILE
     if not isinstance(declared, Mapping) or "sparse_attention_config" in declared or not path.exists():
         return config
     return {**config, "dual_chunk_attention_config": {**declared, "sparse_attention_config": read_json(path)}}

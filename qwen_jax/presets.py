@@ -5,9 +5,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
-from qwen_jax.hf_config import load_config
 
 # beside this package both in a checkout and where pip installs it
 _FOLDER = Path(__file__).resolve().parent.parent / "configs" / "models"

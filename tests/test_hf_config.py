@@ -19,9 +19,9 @@ from qwen_jax.config import (
     MoeConfig,
     NtkScaling,
     YarnScaling,
+    load_config,
 )
 from qwen_jax.errors import InputError
-from qwen_jax.hf_config import load_config
 
 QWEN2: dict[str, Any] = {
     "model_type": "qwen2",

@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from qwen_jax.checked import printable, read_json, shown
+from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
-from qwen_jax.hf_config import load_config
 from qwen_jax.local_path import local_path
 from qwen_jax.weights import gguf
 from qwen_jax.weights.checkpoint import BLOCK_BYTES, Checkpoint, TensorCheckpoint, first_of, read_hf_extra

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.checked import printable, read_json
+from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
-from qwen_jax.hf_config import load_config
 from qwen_jax.weights._files import new_folder, progress_bar
 from qwen_jax.weights.checkpoint import Checkpoint, Index, block_shape, blocks, copy_assets, read_hf_extra
 from qwen_jax.weights.export import write_config

@@ -16,8 +16,8 @@ from aot.report import Report, advice, refusal, short_name
 from aot.search import candidates, meshes, step_times
 from aot.table import DECODING, PEERS, TRAINING, label
 from aot.targets import parse_target
+from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
-from qwen_jax.hf_config import load_config
 
 # --- slices -----------------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from infer.decode import prefill
-from qwen_jax.config import DualChunk, ModelConfig, SparsePrefill
+from qwen_jax.config import DualChunk, ModelConfig, SparsePrefill, load_config
 from qwen_jax.errors import InputError
-from qwen_jax.hf_config import load_config
 from qwen_jax.kernels.choice import attend_lse
 from qwen_jax.kernels.spec import AttentionSpec
 from qwen_jax.layers import sparse as sparse_module

@@ -15,8 +15,7 @@ pytest.importorskip("transformers")
 
 from infer import parity, torch_reference  # noqa: E402
 from infer.parity_texts import TEXTS, folded  # noqa: E402
-from qwen_jax.config import MODEL_TYPES, ModelConfig  # noqa: E402
-from qwen_jax.hf_config import load_config  # noqa: E402
+from qwen_jax.config import MODEL_TYPES, ModelConfig, load_config  # noqa: E402
 from qwen_jax.kernels import plain  # noqa: E402
 from qwen_jax.layers.moe import load_balancing_loss  # noqa: E402
 from qwen_jax.model import Inputs, forward, unstack  # noqa: E402

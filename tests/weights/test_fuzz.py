@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
-from qwen_jax.hf_config import load_config
 from qwen_jax.weights.gguf import read_gguf
 from qwen_jax.weights.open import open_checkpoint
 from qwen_jax.weights.safetensors import read_safetensors
