@@ -76,14 +76,15 @@ def lower(program: Program, mesh: Mesh) -> jax.stages.Lowered:
 def _lower_train(program: Program, mesh: Mesh) -> jax.stages.Lowered:
     import jax
 
+    from train.objectives.pretrain import Pretrain
     from train.optimizer import OptimizerConfig
-    from train.step import StepConfig, abstract_batch, abstract_state, jit_train_step
+    from train.step import StepConfig, abstract_arguments, jit_train_step
 
     config, rows, length = program.config, program.batch, program.sequence
     optimizer = OptimizerConfig(moments=program.moments)  # type: ignore[arg-type]
     settings = StepConfig(remat=program.remat, accumulate=program.accumulate)  # type: ignore[arg-type]
-    step = jit_train_step(config, optimizer, settings, 100_000, mesh, rows, length)
-    arguments = abstract_state(config, optimizer), abstract_batch(rows, length)
+    arguments = abstract_arguments(config, Pretrain(), optimizer, mesh, rows, length)
+    step = jit_train_step(config, Pretrain(), optimizer, settings, 100_000, mesh, arguments)
     with jax.set_mesh(mesh):
         return step.lower(*arguments)
 

@@ -145,34 +145,41 @@ def _ours(case: Case, repetitions: int) -> dict[str, float]:
 
     from infer.arguments import peak_memory_gib
     from qwen_jax.sharding import MeshConfig, make_mesh
+    from train.batch import TokenBatch
+    from train.loop import signals
+    from train.objectives.pretrain import Pretrain
     from train.optimizer import OptimizerConfig
-    from train.step import StepConfig, abstract_batch, abstract_state, init_state, jit_train_step, state_shardings
+    from train.state import init_roles, new_state, split
+    from train.step import StepConfig, abstract_arguments, jit_train_step
 
     model = architecture(case.model)
     on_cpu = jax.default_backend() == "cpu"
     step = StepConfig("float32" if on_cpu else "bfloat16", remat="minimal")
-    optimizer = OptimizerConfig(warmup_steps=0)
+    objective, optimizer = Pretrain(), OptimizerConfig(warmup_steps=0)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     tokens = _tokens(case, model.vocab_size)
-    batch = {
-        "tokens": tokens[:, :-1].astype(np.int32),
-        "targets": tokens[:, 1:].astype(np.int32),
-        "positions": np.tile(np.arange(case.length, dtype=np.int32), (case.rows, 1)),
-        "segment_ids": np.ones((case.rows, case.length), np.int32),
-        "loss_mask": np.ones((case.rows, case.length), np.float32),
-    }
+    batch = TokenBatch(
+        tokens=tokens[:, :-1].astype(np.int32),
+        targets=tokens[:, 1:].astype(np.int32),
+        positions=np.tile(np.arange(case.length, dtype=np.int32), (case.rows, 1)),
+        segment_ids=np.ones((case.rows, case.length), np.int32),
+        loss_mask=np.ones((case.rows, case.length), np.float32),
+    )
     with jax.set_mesh(mesh):
-        lowered = jit_train_step(model, optimizer, step, 1000, mesh, case.rows, case.length).lower(
-            abstract_state(model, optimizer), abstract_batch(case.rows, case.length)
-        )
-        compiled = lowered.compile()
-        layout = state_shardings(model, optimizer, mesh)
-        state = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=layout)(jax.random.key(0))
-        batch = jax.device_put(batch, compiled.input_shardings[0][1])
+        arguments = abstract_arguments(model, objective, optimizer, mesh, case.rows, case.length)
+        compiled = jit_train_step(model, objective, optimizer, step, 1000, mesh, arguments).lower(*arguments).compile()
+        layout = jax.tree.map(lambda leaf: leaf.sharding, arguments)
+
+        def start(key: Any) -> Any:
+            return new_state(split(objective, optimizer, init_roles(model, objective, key))[0], optimizer)
+
+        state, frozen = jax.jit(start, out_shardings=layout[0])(jax.random.key(0)), arguments[1]
+        batch = jax.device_put(batch, layout[2])
         best = float("inf")
-        for _ in range(repetitions + 1):
+        for turn in range(repetitions + 1):
+            here = signals(mesh, turn, missing=False, stop=False)
             began = time.perf_counter()
-            state, metrics = compiled(state, batch)
+            state, metrics = compiled(state, frozen, batch, here)
             float(metrics["loss"])
             best = min(best, time.perf_counter() - began)
     return _report(case, best, peak_memory_gib() * 2**30)

@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from qwen_jax.errors import EnvironmentFailed, Failure, InputError
 from train.files import Lease
 from train.processes import gather, together
-from train.step import TrainState
+from train.state import TrainState
 
 # A part of a checkpoint is not there: reading again will not find it. Every other fault of a disk may pass.
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
@@ -67,14 +67,24 @@ class Checkpoints:
         except OSError as error:
             raise EnvironmentFailed(f"{self.folder} cannot be written ({error.strerror}).") from error
 
-    def save(self, state: TrainState, place: Any, run: dict[str, Any], loss: float | None = None) -> None:
-        """Begins to save the state at its step; `place` is this process's place in the data, `run` what identifies the
-        run and must be the same to go on. Returns when the state may change."""
-        self.finish()
+    def check_lease(self) -> None:
+        """Raises EnvironmentFailed when another run has taken the folder over."""
         if self._lease and self._lease.lost:
             raise EnvironmentFailed(f"another run has taken {self.folder} over; this one, which was away, ends.")
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lease:
+            self._lease.release()
+
+    def save(self, state: TrainState, place: Any, run: dict[str, Any], loss: float | None = None) -> None:
+        """Begins to save the state at its step; `place` is the place in the data, `run` what identifies the
+        run and must be the same to go on. Returns when the state may change."""
+        self.finish()
         step = int(state.step)
-        extra = {"run": run, "places": gather(place)}
+        extra = {"run": run, "place": place}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
         metrics = None if loss is None else {"loss": loss}
         failure = None
@@ -199,7 +209,7 @@ class Checkpoints:
             extra = reader.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
             self._check(extra, run)
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(state))
-            return reader.restore(step, args=arguments)["state"], extra["places"][me]
+            return reader.restore(step, args=arguments)["state"], extra["place"]
 
     def _check(self, extra: Any, run: dict[str, Any]) -> None:
         run = json.loads(json.dumps(run))
@@ -207,11 +217,6 @@ class Checkpoints:
             raise InputError(
                 f"the checkpoints in {self.folder} are of another run: {changed[0]} was "
                 f"{extra['run'].get(changed[0])} and is now {run[changed[0]]}; choose another `out`."
-            )
-        if len(extra["places"]) != jax.process_count():
-            raise InputError(
-                f"the checkpoints in {self.folder} were written by {len(extra['places'])} processes and there are now "
-                f"{jax.process_count()}, among which the data is divided otherwise; start as many as before."
             )
 
     def _set_aside(self, step: int) -> None:

@@ -15,6 +15,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.local_path import LocalPath, local_path
 from qwen_jax.sharding import MeshConfig
 from train.data.config import DataConfig
+from train.objective import Objective
+from train.objectives.pretrain import Pretrain
 from train.optimizer import OptimizerConfig
 from train.step import StepConfig
 
@@ -56,6 +58,8 @@ class TrainConfig:
     """Context length that the trained model declares instead of the checkpoint's."""
     seed: int = 0
     """Of random weights; the data has a seed of its own."""
+    objective: Objective = dataclasses.field(default_factory=Pretrain)
+    """What is minimised."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -70,6 +74,8 @@ class TrainConfig:
     """Steps between checkpoints; there is one at the end too, and on SIGTERM."""
     keep: int = 2
     """Latest checkpoints that are kept, besides the one of the lowest evaluation loss."""
+    stop_grace: float = 120.0
+    """Seconds after SIGTERM or Ctrl-C within which a step must end; else the process ends without saving."""
     log_every: int = 10
     """Steps between lines where the output is no terminal. Metrics are recorded at every step."""
     profile_at: int | None = None

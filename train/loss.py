@@ -51,19 +51,30 @@ def cross_entropy(
     return _cross_entropy(hidden, head, targets, loss_mask.astype(jnp.float32), z_loss, chunk)
 
 
+def logprobs(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int = CHUNK
+) -> jax.Array:
+    """log softmax(hidden head^T / temperature)[target] of each token, float32 [B, T]; differentiable.
+
+    hidden [B, T, D], head [V, D] and targets [B, T] as in `cross_entropy`, by the same loop over chunks, which the
+    gradient runs a second time.
+    """
+    return _logprobs(hidden, head, targets, temperature, chunk)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, loss_mask: jax.Array, z_loss: float, chunk: int
 ) -> LossSums:
-    return _on_mesh(hidden, head, targets, loss_mask, z_loss, chunk, with_gradients=False)[0]
+    return _on_mesh(hidden, head, targets, loss_mask, _Settings(z_loss, chunk))[0]
 
 
 def _forward(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, loss_mask: jax.Array, z_loss: float, chunk: int
 ) -> tuple[LossSums, Any]:
-    sums, gradients = _on_mesh(hidden, head, targets, loss_mask, z_loss, chunk, with_gradients=True)
-    empty_like_head = jnp.empty((0,), head.dtype)  # a residual must be an array, so the dtype travels as one
-    return sums, (gradients, empty_like_head)
+    settings = _Settings(z_loss, chunk, with_gradients=True)
+    sums, gradients, _ = _on_mesh(hidden, head, targets, loss_mask, settings)
+    return sums, (gradients, _empty_like(head))
 
 
 def _backward(_z_loss: float, _chunk: int, residuals: Any, cotangents: LossSums) -> tuple[Any, ...]:
@@ -75,19 +86,49 @@ def _backward(_z_loss: float, _chunk: int, residuals: Any, cotangents: LossSums)
 _cross_entropy.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, chunk: int) -> jax.Array:
+    settings = _Settings(0.0, chunk, temperature, with_logprobs=True)
+    return _on_mesh(hidden, head, targets, jnp.ones(targets.shape, jnp.float32), settings)[2]
+
+
+def _logprobs_forward(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, chunk: int
+) -> tuple[jax.Array, Any]:
+    return _logprobs(hidden, head, targets, temperature, chunk), (hidden, head, targets)
+
+
+def _logprobs_backward(temperature: float, chunk: int, residuals: Any, cotangents: jax.Array) -> tuple[Any, ...]:
+    hidden, head, targets = residuals
+    # the gradient of a sum of -logprobs with these weights, which is what cross-entropy computes
+    settings = _Settings(0.0, chunk, temperature, with_gradients=True)
+    _, (d_hidden, d_head), _ = _on_mesh(hidden, head, targets, -cotangents, settings)
+    return d_hidden, d_head.astype(head.dtype), None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
+
+
+class _Settings(NamedTuple):
+    z_loss: float
+    chunk: int
+    temperature: float = 1.0
+    with_gradients: bool = False
+    with_logprobs: bool = False
+
+
+def _empty_like(head: jax.Array) -> jax.Array:
+    return jnp.empty((0,), head.dtype)  # a residual must be an array, so the dtype travels as one
+
+
 def _on_mesh(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    loss_mask: jax.Array,
-    z_loss: float,
-    chunk: int,
-    with_gradients: bool,
-) -> tuple[LossSums, Any]:
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, loss_mask: jax.Array, settings: _Settings
+) -> tuple[LossSums, Any, Any]:
+    """(sums, (gradients of hidden and head) or None, log-probabilities [B, T] or None)."""
     head = head.astype(hidden.dtype)
     mesh = current_mesh()
     if mesh is None:
-        return _on_device(hidden, head, targets, loss_mask, z_loss, chunk, with_gradients, None)
+        return _on_device(hidden, head, targets, loss_mask, settings, None)
     tokens = activation_spec(mesh, targets.shape, "batch", "sequence")
     scattered = activation_spec(mesh, targets.shape, "batch", "residual")
     over_tokens = tuple(jax.tree.leaves(tuple(tokens)))
@@ -95,11 +136,11 @@ def _on_mesh(
     if not set(jax.tree.leaves(width)) <= set(over_tokens):
         width = None  # those devices have the same tokens, so theirs are not parts of a sum
     layout = _Layout(over_tokens, rows, width, scattered != tokens)
-    gradient_specs = (PartitionSpec(*scattered, None), PartitionSpec(rows, width)) if with_gradients else None
+    gradients = (PartitionSpec(*scattered, None), PartitionSpec(rows, width)) if settings.with_gradients else None
     return jax.shard_map(
-        functools.partial(_on_device, z_loss=z_loss, chunk=chunk, with_gradients=with_gradients, layout=layout),
+        functools.partial(_on_device, settings=settings, layout=layout),
         in_specs=(PartitionSpec(*tokens, None), PartitionSpec(rows, None), tokens, tokens),
-        out_specs=(PartitionSpec(), gradient_specs),
+        out_specs=(PartitionSpec(), gradients, tokens if settings.with_logprobs else None),
         check_vma=False,
     )(hidden, head, targets, loss_mask)
 
@@ -118,12 +159,11 @@ def _on_device(
     head: jax.Array,
     targets: jax.Array,
     loss_mask: jax.Array,
-    z_loss: float,
-    chunk: int,
-    with_gradients: bool,
+    settings: _Settings,
     layout: _Layout | None,
-) -> tuple[LossSums, Any]:
+) -> tuple[LossSums, Any, Any]:
     """One device's tokens against its rows of the vocabulary; without a layout, all tokens and all rows."""
+    z_loss, chunk, temperature, with_gradients, with_logprobs = settings
     num_rows, width = head.shape
     num_tokens = targets.size
     num_chunks = -(-num_tokens // chunk)
@@ -137,10 +177,11 @@ def _on_device(
             x = jnp.pad(x, ((0, padding), *((0, 0) for _ in rest)))
         return x.reshape(num_chunks, size, *rest)
 
-    def step(carry: Any, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array | None]:
+    def step(carry: Any, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, Any]:
         sums, d_head = carry
         h, target, weight = part  # [C, D], [C], [C]
         logits = _dot(h, head, 1, 1)  # [C, V]
+        logits = logits if temperature == 1 else logits / temperature
         highest = jnp.max(logits, axis=-1)
         highest = lax.pmax(highest, over_vocab) if over_vocab else highest
         exp = jnp.exp(logits - highest[:, None])
@@ -158,21 +199,24 @@ def _on_device(
                 jnp.sum(weight),
             ]
         )
+        of_each = -nll if with_logprobs else None
         if not with_gradients:
-            return (sums, None), None
+            return (sums, None), (None, of_each)
         of_exp = weight * (1 + 2 * z_loss * log_sum) / total
         d_logits = exp * of_exp[:, None] - jnp.where(is_target, weight[:, None], 0.0)
-        d_logits = d_logits.astype(h.dtype)
+        d_logits = (d_logits if temperature == 1 else d_logits / temperature).astype(h.dtype)
         d_hidden = _dot(d_logits, head, 1, 0).astype(h.dtype)  # [C, D]
-        return (sums, d_head + _dot(d_logits, h, 0, 0)), d_hidden
+        return (sums, d_head + _dot(d_logits, h, 0, 0)), (d_hidden, of_each)
 
     parts = (chunked(hidden, width), chunked(targets), chunked(loss_mask))
     d_head = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
-    (sums, d_head), d_hidden = lax.scan(step, (jnp.zeros(4), d_head), parts)
+    (sums, d_head), (d_hidden, of_each) = lax.scan(step, (jnp.zeros(4), d_head), parts)
     if layout:
         sums = lax.psum(sums, layout.over_tokens)
+    if with_logprobs:
+        of_each = of_each.reshape(-1)[:num_tokens].reshape(targets.shape)
     if d_hidden is None:
-        return LossSums(*sums), None
+        return LossSums(*sums), None, of_each
     d_hidden = d_hidden.reshape(-1, width)[:num_tokens].reshape(hidden.shape)
     if layout:
         rest = layout.over_tokens
@@ -185,7 +229,7 @@ def _on_device(
             d_hidden = lax.psum_scatter(d_hidden, over_vocab, scatter_dimension=1, tiled=True)
         elif over_vocab:
             d_hidden = lax.psum(d_hidden, over_vocab)
-    return LossSums(*sums), (d_hidden, d_head)
+    return LossSums(*sums), (d_hidden, d_head), of_each
 
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

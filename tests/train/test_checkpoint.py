@@ -11,7 +11,7 @@ import pytest
 
 from qwen_jax.errors import EnvironmentFailed, InputError
 from train.checkpoint import Checkpoints
-from train.step import TrainState
+from train.state import TrainState
 
 RUN = {"model": 1}
 
@@ -45,7 +45,7 @@ def restore(folder, said, run=RUN):
     if restored is None:
         return None
     state, place = restored
-    assert int(state.step) == state.params["w"][0, 0] == place["place"]
+    assert int(state.step) == state.trainable["w"][0, 0] == place["place"]
     return int(state.step)
 
 

@@ -73,4 +73,4 @@ def test_only_inspect(capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main(argv)
         assert stopped.value.code == code
-    assert "there is no command 'data look'; there are inspect and tokenizer." in capsys.readouterr().err
+    assert "there is no command 'data look'; there are inspect, shards, tokenizer." in capsys.readouterr().err

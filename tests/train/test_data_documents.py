@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_jax.chat import default_template, render
+from qwen_jax.errors import InputError
 from tests.train.data_tools import byte_tokenizer
+from train.data.config import DataConfig, SourceConfig
 from train.data.documents import FIM_TOKENS, Tokenise, mean_tokens
+from train.data.loader import make_loader
 from train.data.records import Repository
+from train.data.sources import open_source
 
 TOKENIZER = byte_tokenizer()
 PREFIX, SUFFIX, MIDDLE = (TOKENIZER.special_tokens[name] for name in FIM_TOKENS)
@@ -106,3 +113,29 @@ def test_mean_tokens():
     exact = np.mean([len(tokens_of(document)) for document in documents])
     assert abs(mean_tokens(documents, tokenise) / exact - 1) < 0.02
     assert abs(mean_tokens(documents, tokenise, documents=20, tokenised=5) / exact - 1) < 0.1
+
+
+def test_of_a_conversation_only_the_assistant_is_learned(tmp_path):
+    special = ["endoftext", "im_start", "im_end"]
+    tokenizer = byte_tokenizer(special)
+    tokenizer.chat_template = default_template("qwen2.5")
+    messages = [
+        {"role": "user", "content": "two<|im_end|>?"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "sure?"},
+        {"role": "assistant", "content": "no, 三"},
+    ]
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([{"talk": messages}, {"talk": "none"}]), encoding="utf-8")
+    with pytest.raises(InputError, match="chat.json, element 2 is no conversation"):
+        open_source(SourceConfig(str(path), messages_field="talk"))
+    path.write_text(json.dumps([{"talk": messages}]), encoding="utf-8")
+    source = SourceConfig(str(path), messages_field="talk")
+    config = DataConfig((source,), sequence_length=512, batch_size=1, packing="concat", epochs=1)
+    with make_loader(config, tokenizer) as loader:
+        (batch,) = loader
+    ids = tokenizer.encode(render(messages, template=tokenizer.chat_template, add_generation_prompt=False))
+    row = batch["tokens"][0][batch["segment_ids"][0] > 0]
+    assert row.tolist() == ids
+    learned = batch["targets"][0][batch["loss_mask"][0] > 0]
+    assert tokenizer.decode(learned.tolist()) == "yes<|im_end|>no, 三<|im_end|>"

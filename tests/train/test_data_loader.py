@@ -145,18 +145,25 @@ def test_a_state_of_other_data_is_refused(tmp_path, config):
     copy = write_jsonl(tmp_path / "copy.jsonl", texts)  # the same texts elsewhere are the same data
     with make_loader(dataclasses.replace(config, sources=(SourceConfig(str(copy)),)), TOKENIZER) as loader:
         loader.set_state(state)
-    with make_loader(config, TOKENIZER, 1, 2) as loader, pytest.raises(InputError, match="process_index was 0"):
-        loader.set_state(state)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_shards_are_disjoint_and_cover(config, count):
-    config = dataclasses.replace(config, epochs=1)
-    shards = [take(config, process_index=i, process_count=count) for i in range(count)]
-    assert all(batch["tokens"].shape == (4 // count, 64) for shard in shards for batch in shard)
-    found = [names(shard) for shard in shards]
-    assert sorted(itertools.chain(*found)) == sorted(names(take(config)))
-    assert all(set(a).isdisjoint(b) for a, b in itertools.combinations(found, 2))
+@pytest.mark.parametrize("kind", ["best-fit", "concat"])
+def test_the_batches_are_the_same_from_any_number_of_processes(config, kind):
+    """And a place that one process saved is a place for all of them."""
+    config = dataclasses.replace(config, packing=kind, epochs=1, batch_size=6)
+    whole = take(config)
+    for count in (2, 3):
+        of_each = [take(config, rows=range(index, 6, count)) for index in range(count)]
+        assert {len(batches) for batches in of_each} == {len(whole)}
+        for number, batch in enumerate(whole):
+            for index in range(count):
+                assert_same([of_each[index][number]], [{name: array[index::count] for name, array in batch.items()}])
+    with make_loader(config, TOKENIZER) as loader:
+        next(loader), next(loader)
+        place = loader.get_state()
+    with make_loader(config, TOKENIZER, rows=[1, 4]) as loader:
+        loader.set_state(json.loads(json.dumps(place)))
+        assert_same([next(loader)], [{name: array[[1, 4]] for name, array in whole[2].items()}])
 
 
 def shares_of_tokens(batches):
@@ -170,19 +177,17 @@ def shares_of_tokens(batches):
     return {letter: count / sum(counts.values()) for letter, count in counts.items()}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_weights_are_shares_of_tokens(tmp_path, processes):
+def test_weights_are_shares_of_tokens(tmp_path):
     """Sources whose documents differ tenfold in length; every document fits a row, so each segment names its source."""
     sources = tuple(
         SourceConfig(str(write_jsonl(tmp_path / f"{name}.jsonl", numbered_texts(400, i, mean, name))), weight=weight)
         for i, (name, mean, weight) in enumerate([("a", 20, 7), ("b", 60, 2), ("c", 200, 1)])
     )
     config = DataConfig(sources=sources, sequence_length=2048, batch_size=4)
-    for index in range(processes):  # each process sees the same mixture
-        shares = shares_of_tokens(take(config, 60 // processes, process_index=index, process_count=processes))
-        # an exponential's standard deviation is its mean, and c has about 120 of 400 documents here
-        for name, expected in (("a", 0.7), ("b", 0.2), ("c", 0.1)):
-            assert shares[name] == pytest.approx(expected, rel=0.25, abs=0.01), (index, shares)
+    shares = shares_of_tokens(take(config, 60))
+    # an exponential's standard deviation is its mean, and c has about 120 of 400 documents here
+    for name, expected in (("a", 0.7), ("b", 0.2), ("c", 0.1)):
+        assert shares[name] == pytest.approx(expected, rel=0.25, abs=0.01), shares
 
 
 def test_length_shares(tmp_path):
@@ -271,6 +276,27 @@ def test_kill_9(tmp_path, config, killed):
     assert not os.path.exists(f"/proc/{worker}")
 
 
+def test_bad_records_are_left_out_and_counted(tmp_path, config):
+    """The same batches as without them."""
+    texts = numbered_texts(300)
+    lines = [json.dumps({"text": text}) for text in texts]
+    for index, bad in ((0, "{"), (7, '{"body": 1}'), (150, '{"text": "\\ud800"}'), (299, "[]")):
+        lines.insert(index, bad)
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    source = SourceConfig(str(tmp_path / "bad.jsonl"), on_bad_record="skip")
+    config = dataclasses.replace(config, shuffle=False, epochs=1)
+    with make_loader(dataclasses.replace(config, sources=(source,)), TOKENIZER) as loader:
+        batches = [next(loader) for _ in range(10)]
+        place, rest = loader.get_state(), list(loader)
+        assert loader.metrics() == {"bad_records": 4.0}
+        loader.set_state(place)
+        assert_same(list(loader), rest)
+        assert loader.metrics() == {"bad_records": 4.0}
+    assert_same(batches + rest, take(config))
+    with pytest.raises(InputError, match="bad.jsonl, line 1 is not valid JSON"):
+        make_loader(dataclasses.replace(config, sources=(SourceConfig(source.path),)), TOKENIZER)
+
+
 def test_a_closed_loader_says_so(config):
     loader = make_loader(config, TOKENIZER)
     loader.close()
@@ -295,10 +321,6 @@ def test_errors(tmp_path, config):
         dataclasses.replace(config, length_shares=(LengthShare(1), LengthShare(1, min_tokens=5)))
     with pytest.raises(InputError, match="from 5 to 5"):
         LengthShare(1, min_tokens=5, max_tokens=5)
-    with pytest.raises(InputError, match="4 rows cannot be divided among 3"):
-        make_loader(config, TOKENIZER, 0, 3)
-    with pytest.raises(InputError, match="process_index is 2"):
-        make_loader(config, TOKENIZER, 2, 2)
     with pytest.raises(InputError, match="fill-in-the-middle needs <|fim_prefix|>"):
         make_loader(dataclasses.replace(config, fim_rate=0.5), byte_tokenizer(["endoftext"]))
 

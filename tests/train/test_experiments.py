@@ -13,9 +13,11 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.presets import load_preset
 from qwen_jax.sharding import AXES, RULES
+from train.batch import abstract_batch
 from train.config import TrainConfig, experiments, load_experiment
-from train.step import abstract_batch, abstract_state, make_train_step
-from train.trainer import _architecture
+from train.state import abstract_state
+from train.step import make_train_step
+from train.weights import architecture_of
 
 DEFAULT = "qwen2.5-coder-0.5b-instruct"
 
@@ -42,8 +44,8 @@ def start_of(config: TrainConfig) -> ModelConfig:
 
 def model_of(config: TrainConfig) -> ModelConfig:
     if config.preset or config.architecture:
-        return _architecture(config, None)
-    return _architecture(config, Base(start_of(config)))  # type: ignore[arg-type]
+        return architecture_of(config, None)
+    return architecture_of(config, Base(start_of(config)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", experiments())
@@ -62,9 +64,9 @@ def test_an_experiment_loads_and_its_step_builds(name):
 
     model = model_of(config)
     assert model.context_length >= length
-    state = abstract_state(model, config.optimizer)
-    step = make_train_step(model, config.optimizer, config.step, config.steps)
-    after, metrics = jax.eval_shape(step, state, abstract_batch(rows, length))
+    state, frozen = abstract_state(model, config.objective, config.optimizer)
+    step = make_train_step(model, config.objective, config.optimizer, config.step, config.steps)
+    after, metrics = jax.eval_shape(step, state, frozen, abstract_batch(config.objective.batch, rows, length))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )

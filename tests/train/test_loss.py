@@ -10,7 +10,7 @@ import torch
 
 from qwen_jax.layers.moe import RouterStats
 from qwen_jax.sharding import MeshConfig, make_mesh
-from train.loss import balance_loss, cross_entropy
+from train.loss import balance_loss, cross_entropy, logprobs
 
 B, T, D, V = 4, 24, 16, 96
 rng = np.random.default_rng(0)
@@ -151,3 +151,38 @@ def test_balance_loss_against_the_formula_and_its_global_variant():
     np.testing.assert_allclose(balance_loss(first, both), expected, rtol=1e-5)
     balanced = RouterStats(jnp.full((layers, experts), 5.0), jnp.full((layers, experts), 2.5), jnp.full(layers, 20.0))
     np.testing.assert_allclose(balance_loss(balanced), top_k, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("sizes", [None, dict(fsdp=2, tensor=2, context=2)], ids=["one device", "mesh"])
+def test_logprobs_and_their_gradients_equal_torch(temperature, sizes):
+    h, w = torch.tensor(HIDDEN, requires_grad=True), torch.tensor(HEAD, requires_grad=True)
+    logs = torch.log_softmax(h @ w.T / temperature, -1)
+    expected = logs.gather(-1, torch.tensor(TARGETS).long()[..., None])[..., 0]
+    cotangents = rng.standard_normal((B, T)).astype(np.float32)
+    (torch.exp(expected) * torch.tensor(cotangents)).sum().backward()
+
+    def loss(hidden, head):
+        values = logprobs(hidden, head, TARGETS, temperature=temperature, chunk=10)
+        return jnp.sum(jnp.exp(values) * cotangents), values
+
+    with jax.set_mesh(
+        make_mesh(
+            MeshConfig(
+                **(sizes or {"fsdp": 1}),
+            ),
+            None if sizes else jax.devices()[:1],
+        )
+    ):
+        (_, values), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(HIDDEN, HEAD)
+    np.testing.assert_allclose(values, expected.detach().numpy(), atol=1e-5)
+    close(gradients[0], h.grad.numpy())
+    close(gradients[1], w.grad.numpy())
+
+
+def test_the_logits_of_logprobs_never_exist_whole_either():
+    batch, length, width, vocab = 2, 512, 32, 8192
+    shapes = [((batch, length, width), jnp.float32), ((vocab, width), jnp.float32), ((batch, length), jnp.int32)]
+    args = [jax.ShapeDtypeStruct(*pair) for pair in shapes]
+    program = jax.jit(jax.grad(lambda *args: jnp.sum(jnp.exp(logprobs(*args, chunk=64))), argnums=(0, 1)))
+    assert program.lower(*args).compile().memory_analysis().temp_size_in_bytes < 4 * batch * length * vocab / 3

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data import packing
-from train.data.packing import BestFit, Concat, best_fit
+from train.data.packing import BestFit, Concat, best_fit, make_row
 
 PAD = 999
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=30)
@@ -23,8 +23,8 @@ def documents(lengths):
 def pack(kind, docs, length):
     parent = grain.MapDataset.source(docs).to_iter_dataset(grain.ReadOptions(0, 0))
     if kind == "concat":
-        return Concat(parent, length=length, pad_id=PAD)
-    return BestFit(parent, length=length, pad_id=PAD, seed=3)
+        return Concat(parent, length=length).map(lambda pieces: make_row(pieces, length, PAD))
+    return BestFit(parent, length=length, seed=3).map(lambda pieces: make_row(pieces, length, PAD))
 
 
 def expected_targets(docs):

@@ -193,26 +193,6 @@ def test_what_cannot_run_is_said_in_a_sentence(experiment, arguments, said):
     assert said in text.rstrip().splitlines()[-1]
 
 
-def test_two_processes_resume_bit_for_bit(experiment):
-    folder, arguments = out(experiment, "two")
-    arguments += ["--processes.coordinator", f"localhost:{20000 + os.getpid() % 20000}", "--processes.count", "2"]
-
-    def both() -> list[str]:
-        processes = [start(experiment, *arguments, "--processes.index", str(i)) for i in range(2)]
-        texts = [process.communicate()[1] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], texts
-        return texts
-
-    texts = both()
-    assert "2 x cpu (fsdp=2)" in texts[0] and "step 12/12" in texts[0] and "step" not in texts[1]
-    expected, weights = losses(folder), final_weights(folder)
-    shutil.rmtree(folder / "checkpoints" / "12")
-    assert "going on from the checkpoint of step 9" in both()[0]
-    assert losses(folder) == expected
-    for path, leaf in final_weights(folder).items():
-        np.testing.assert_array_equal(weights[path], leaf)
-
-
 def test_the_command_lists_experiments():
     program = command(Path("x"))[:3]
     done = subprocess.run(

@@ -13,20 +13,12 @@ import pytest
 from qwen_jax.errors import InputError
 from qwen_jax.presets import load_preset
 from qwen_jax.sharding import MeshConfig, make_mesh
-from tests.train.tiny import CONFIG, MOE, TIED, full_batch, packed_batch, parameters, transformers_model
+from tests.train.tiny import CONFIG, MOE, TIED, full_batch, packed_batch, parameters, start, transformers_model
+from train.loop import signals
+from train.objectives.pretrain import Pretrain
 from train.optimizer import OptimizerConfig
-from train.step import (
-    StepConfig,
-    abstract_batch,
-    abstract_state,
-    batch_shardings,
-    init_state,
-    jit_train_step,
-    make_eval_step,
-    make_train_step,
-    new_state,
-    state_shardings,
-)
+from train.state import abstract_state
+from train.step import StepConfig, abstract_arguments, jit_train_step, make_eval_step, make_train_step
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
 EXACT = StepConfig(compute_dtype="float32", remat="none")
@@ -36,13 +28,13 @@ MOMENT = dataclasses.replace(OPTIMIZER, clip_norm=None, weight_decay=0.0)
 
 
 def one_step(config, batch, step=EXACT, optimizer=OPTIMIZER, params=None):
-    state = new_state(parameters(config) if params is None else params, optimizer)
-    return jax.jit(make_train_step(config, optimizer, step, 10))(state, batch)
+    state, frozen = start(parameters(config) if params is None else params, optimizer)
+    return jax.jit(make_train_step(config, Pretrain(), optimizer, step, 10))(state, frozen, batch)
 
 
 def gradients(state):
     """Of the first step, out of Adam's first moment."""
-    return jax.tree.map(lambda mu: mu / 0.1, state.opt_state[1].mu)
+    return jax.tree.map(lambda mu: mu / 0.1, state.opt_state[1].mu["policy"])
 
 
 def assert_trees_close(a, b, tolerance):
@@ -89,7 +81,7 @@ def test_micro_batches_equal_the_whole_batch(config):
 def test_global_batch_balance_is_that_of_the_whole_batch_at_the_last_micro_batch():
     """Equal micro-batches have equal counts, so both variants and the whole batch agree; unequal ones do not."""
     batch = packed_batch(4, 32)
-    twice = {name: np.repeat(array, 2, axis=0) for name, array in batch.items()}  # micro-batch i is rows i, i + 2, ...
+    twice = jax.tree.map(lambda array: np.repeat(array, 2, axis=0), batch)  # micro-batch i is rows i, i + 2, ...
     _, whole = one_step(MOE, twice)
     same = dataclasses.replace(EXACT, accumulate=2)
     for balance in ("global-batch", "micro-batch"):
@@ -106,12 +98,12 @@ def test_global_batch_balance_is_that_of_the_whole_batch_at_the_last_micro_batch
 def test_an_empty_micro_batch_counts_nothing(balance):
     """The last batch of finite data is filled up with rows of padding, which may be whole micro-batches."""
     batch = packed_batch(8, 32)
-    for array in batch.values():
+    for array in jax.tree.leaves(batch):
         array[2:] = 0  # micro-batch i is rows i and i + 4, so two are empty
     step = dataclasses.replace(EXACT, accumulate=4, balance=balance)
     state, metrics = one_step(MOE, batch, step, MOMENT)
-    assert metrics["finite"] == 1
-    two = {name: array[:2] for name, array in batch.items()}
+    assert metrics["good"] == 1
+    two = jax.tree.map(lambda array: array[:2], batch)
     expected_state, expected = one_step(MOE, two, dataclasses.replace(step, accumulate=2), MOMENT)
     assert_trees_close(gradients(state), gradients(expected_state), 1e-5)
     np.testing.assert_allclose(metrics["balance_loss"], expected["balance_loss"], rtol=1e-5)
@@ -130,12 +122,16 @@ def test_every_mesh_makes_the_same_update(sizes, config):
     batch = packed_batch(16, 32)
     expected_state, expected = one_step(config, batch, optimizer=MOMENT)
     mesh = make_mesh(MeshConfig(**sizes), model=config)
+    step = dataclasses.replace(EXACT, accumulate=2)
     with jax.set_mesh(mesh):
-        state = jax.device_put(new_state(parameters(config), MOMENT), state_shardings(config, MOMENT, mesh))
-        on_mesh = jax.device_put(batch, batch_shardings(mesh, 16, 32))
-        state, metrics = jit_train_step(config, MOMENT, dataclasses.replace(EXACT, accumulate=2), 10, mesh, 16, 32)(
-            state, on_mesh
+        arguments = abstract_arguments(config, Pretrain(), MOMENT, mesh, 16, 32)
+        on_mesh = jax.tree.map(
+            lambda array, like: jax.device_put(array, like.sharding),
+            (*start(parameters(config), MOMENT), batch),
+            arguments[:3],
         )
+        here = signals(mesh, 0, missing=False, stop=False)
+        state, metrics = jit_train_step(config, Pretrain(), MOMENT, step, 10, mesh, arguments)(*on_mesh, here)
     names = ["loss", "grad_norm", "tokens", "accuracy"]
     np.testing.assert_allclose([metrics[n] for n in names], [expected[n] for n in names], rtol=1e-5)
     assert_trees_close(gradients(state), gradients(expected_state), 1e-5)
@@ -153,7 +149,7 @@ def test_bfloat16_keeps_float32_weights_and_is_close():
     batch = packed_batch(4, 32)
     expected, metrics32 = one_step(CONFIG, batch)
     state, metrics = one_step(CONFIG, batch, StepConfig())
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.trainable)} == {"float32"}
     np.testing.assert_allclose(metrics["loss"], metrics32["loss"], rtol=2e-3)
     np.testing.assert_allclose(metrics["grad_norm"], metrics32["grad_norm"], rtol=2e-2)
 
@@ -162,32 +158,38 @@ def test_frozen_parameters_stay_and_have_no_moments():
     optimizer = dataclasses.replace(OPTIMIZER, frozen=("^embed/", "^layers/mlp/"))
     params = parameters(CONFIG)
     state, _ = one_step(CONFIG, packed_batch(2, 32), optimizer=optimizer)
-    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params, params)
-    assert not moved["embed"]["embedding"] and not any(jax.tree.leaves(moved["layers"]["mlp"]))
+    new = state.trainable["policy"]
+    assert new["embed"]["embedding"] is None and not jax.tree.leaves(new["layers"]["mlp"])
+    assert jax.tree.map(jnp.shape, state.opt_state[1].mu["policy"]) == jax.tree.map(jnp.shape, new)
+    moved = jax.tree.map(
+        lambda a, b: None if a is None else bool(np.any(a != b)), new, params, is_leaf=lambda x: x is None
+    )
     assert moved["lm_head"]["embedding"] and all(jax.tree.leaves(moved["layers"]["attention"]))
-    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state[1].mu))
-    assert moments == sum(leaf.size for leaf, m in zip(*map(jax.tree.leaves, (params, moved)), strict=True) if m)
+    _, whole = one_step(CONFIG, packed_batch(2, 32))
+    _, part = one_step(CONFIG, packed_batch(2, 32), optimizer=optimizer)
+    assert part["loss"] == whole["loss"]
 
 
 def test_an_update_that_is_not_finite_is_not_made():
     params = parameters(CONFIG)
     params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(jnp.nan)
     state, metrics = one_step(CONFIG, packed_batch(2, 32), params=params)
-    assert metrics["finite"] == 0 and state.step == 0
-    before = new_state(params, OPTIMIZER)
+    assert metrics["good"] == 0 and state.step == 0
+    before, _ = start(params, OPTIMIZER)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(a, b)
     state, metrics = one_step(CONFIG, packed_batch(2, 32))
-    assert metrics["finite"] == 1 and state.step == 1
+    assert metrics["good"] == 1 and state.step == 1
 
 
 def test_padding_never_matters():
     batch = packed_batch(4, 32)
-    other = dict(batch)
-    padding = batch["segment_ids"] == 0
+    padding = batch.segment_ids == 0
     assert padding.any()
-    for name in ("tokens", "targets"):
-        other[name] = np.where(padding, 63 - batch[name], batch[name])
+    other = batch.replace(
+        tokens=np.where(padding, 63 - batch.tokens, batch.tokens),
+        targets=np.where(padding, 63 - batch.targets, batch.targets),
+    )
     a, _ = one_step(MOE, batch)
     b, _ = one_step(MOE, other)
     assert_trees_close(gradients(a), gradients(b), 1e-6)
@@ -196,8 +198,9 @@ def test_padding_never_matters():
 def test_the_eval_step_sums_what_the_train_step_averages():
     batch = packed_batch(4, 32)
     _, metrics = one_step(CONFIG, batch)
-    sums = jax.jit(make_eval_step(CONFIG, EXACT))(parameters(CONFIG), batch)
-    np.testing.assert_allclose(sums.cross_entropy / sums.tokens, metrics["loss"], rtol=1e-6)
+    state, frozen = start(parameters(CONFIG), OPTIMIZER)
+    terms = jax.jit(make_eval_step(CONFIG, Pretrain(), EXACT))(state.trainable, frozen, batch)
+    np.testing.assert_allclose(terms["loss"].mean, metrics["loss"], rtol=1e-6)
 
 
 def test_an_indivisible_batch_is_refused():
@@ -210,17 +213,14 @@ def test_the_step_lowers_from_shapes_alone(moments):
     config = load_preset("qwen2.5-72b")
     optimizer = dataclasses.replace(OPTIMIZER, moments=moments)
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), model=config)
-    state, layout = abstract_state(config, optimizer), state_shardings(config, optimizer, mesh)
-    assert jax.tree.structure(state) == jax.tree.structure(layout)
+    arguments = abstract_arguments(config, Pretrain(), optimizer, mesh, 4, 512)
     per_device = sum(
-        np.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True)
+        np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments[0])
     )
     expected = config.num_params() * {"float32": 12, "int8": 6}[moments] / 8
     assert per_device < 1.01 * expected
     with jax.set_mesh(mesh):
-        step = jit_train_step(config, optimizer, StepConfig(), 10, mesh, 4, 512)
-        lowered = step.lower(state, abstract_batch(4, 512))
+        lowered = jit_train_step(config, Pretrain(), optimizer, StepConfig(), 10, mesh, arguments).lower(*arguments)
     assert "sharding" in lowered.as_text()[:100000]
 
 
@@ -230,14 +230,15 @@ def test_the_update_copies_neither_weights_nor_moments(clip_norm):
     optimizer = dataclasses.replace(OPTIMIZER, clip_norm=clip_norm)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        step = jit_train_step(model, optimizer, EXACT, 10, mesh, 1, 16)
-        memory = step.lower(abstract_state(model, optimizer), abstract_batch(1, 16)).compile().memory_analysis()
+        arguments = abstract_arguments(model, Pretrain(), optimizer, mesh, 1, 16)
+        step = jit_train_step(model, Pretrain(), optimizer, EXACT, 10, mesh, arguments)
+        memory = step.lower(*arguments).compile().memory_analysis()
     gradients = 4 * model.num_params()
     assert memory.alias_size_in_bytes >= 3 * gradients
     assert memory.temp_size_in_bytes < 1.5 * gradients  # with copies 2.7 and more
 
 
-def test_init_state_is_what_abstract_state_says():
-    concrete = init_state(CONFIG, OPTIMIZER, jax.random.key(0))
+def test_a_new_state_is_what_abstract_state_says():
     shapes = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
-    assert shapes(concrete) == shapes(abstract_state(CONFIG, OPTIMIZER))
+    concrete = start(parameters(CONFIG), OPTIMIZER)
+    assert shapes(concrete) == shapes(abstract_state(CONFIG, Pretrain(), OPTIMIZER))

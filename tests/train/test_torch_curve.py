@@ -7,9 +7,10 @@ import numpy as np
 import torch
 import transformers
 
-from tests.train.tiny import TIED, full_batch, parameters, transformers_model
+from tests.train.tiny import TIED, full_batch, parameters, start, transformers_model
+from train.objectives.pretrain import Pretrain
 from train.optimizer import OptimizerConfig
-from train.step import StepConfig, make_train_step, new_state
+from train.step import StepConfig, make_train_step
 
 STEPS, ROWS, LENGTH = 200, 8, 33
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=20)
@@ -49,11 +50,11 @@ def torch_losses(params, folder):
 
 
 def our_losses(params):
-    state = new_state(params, OPTIMIZER)
+    state, frozen = start(params, OPTIMIZER)
     step = StepConfig(compute_dtype="float32", remat="none")
-    train_step = jax.jit(make_train_step(TIED, OPTIMIZER, step, STEPS), donate_argnums=0)
+    train_step = jax.jit(make_train_step(TIED, Pretrain(), OPTIMIZER, step, STEPS), donate_argnums=0)
     for tokens in batches():
-        state, metrics = train_step(state, full_batch(tokens))
+        state, metrics = train_step(state, frozen, full_batch(tokens))
         yield float(metrics["loss"]), float(metrics["grad_norm"])
 
 

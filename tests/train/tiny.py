@@ -13,6 +13,11 @@ from qwen_jax.config import ModelConfig, MoeConfig
 from qwen_jax.model import Params, init
 from qwen_jax.weights.export import save_hf
 from qwen_jax.weights.load import ParamsCheckpoint
+from train.batch import TokenBatch
+from train.objective import Objective
+from train.objectives.pretrain import Pretrain
+from train.optimizer import OptimizerConfig
+from train.state import Roles, TrainState, new_state, split
 
 CONFIG = ModelConfig(
     model_type="qwen2",
@@ -56,7 +61,7 @@ def transformers_model(config: ModelConfig, params: Params, folder: Path):
     ).train()
 
 
-def packed_batch(rows: int, length: int, seed: int = 0, vocab: int = 64) -> dict[str, np.ndarray]:
+def packed_batch(rows: int, length: int, seed: int = 0, vocab: int = 64) -> TokenBatch:
     """Rows of two or three documents and some padding, as the data pipeline makes them."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab, (rows, length), dtype=np.int32)
@@ -68,22 +73,22 @@ def packed_batch(rows: int, length: int, seed: int = 0, vocab: int = 64) -> dict
     targets = np.roll(tokens, -1, 1)
     mask = (segment_ids > 0) & (np.roll(segment_ids, -1, 1) == segment_ids)
     mask[:, -1] = False
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "positions": positions,
-        "segment_ids": segment_ids,
-        "loss_mask": mask.astype(np.float32),
-    }
+    return TokenBatch(tokens, targets, positions, segment_ids, mask.astype(np.float32))
 
 
-def full_batch(tokens: np.ndarray) -> dict[str, np.ndarray]:
+def start(params: Params, optimizer: OptimizerConfig, objective: Objective | None = None) -> tuple[TrainState, Roles]:
+    """The state before the first update of a policy, and what is frozen."""
+    trainable, frozen = split(objective or Pretrain(), optimizer, {"policy": params})
+    return new_state(trainable, optimizer), frozen
+
+
+def full_batch(tokens: np.ndarray) -> TokenBatch:
     """[B, T + 1] token ids as one document a row, which is all that transformers' own loss knows."""
     rows, length = tokens.shape[0], tokens.shape[1] - 1
-    return {
-        "tokens": tokens[:, :-1].astype(np.int32),
-        "targets": tokens[:, 1:].astype(np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        "segment_ids": np.ones((rows, length), np.int32),
-        "loss_mask": np.ones((rows, length), np.float32),
-    }
+    return TokenBatch(
+        tokens=tokens[:, :-1].astype(np.int32),
+        targets=tokens[:, 1:].astype(np.int32),
+        positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        segment_ids=np.ones((rows, length), np.int32),
+        loss_mask=np.ones((rows, length), np.float32),
+    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import tyro
 
@@ -70,6 +71,30 @@ class TrainTokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class WriteShards:
+    """Tokenises sources once, to files that training reads at once, however large they are."""
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders, patterns, data sets; or corpus:python, corpus:english, corpus:chinese."""
+    out: LocalPath
+    """Folder to write; a source for training, of the format `shards`."""
+    tokenizer: str = "default"
+    """A model folder, a .gguf file, or `default` for the default model's. Training needs the same one."""
+    shard_tokens: int = 1 << 28
+    """Tokens of a file, about; 4 bytes each."""
+    format: Format = "auto"
+    """Of all sources."""
+    text_field: str = "text"
+    """The field of a record that holds the text."""
+    split: str = "train"
+    """Of Hugging Face data sets and of our corpora."""
+    repo_level: bool = False
+    """Documents are whole repositories."""
+    on_bad_record: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a record without its text, or that is not UTF-8."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SourceRow:
     """Of one source; tokens are estimated from `sampled` documents spread evenly over it, exact when that is all."""
 
@@ -104,23 +129,53 @@ def main(argv: list[str]) -> int:
     name, *rest = argv or ["--help"]
     commands: dict[str, tuple[type, Callable[[Any], None]]] = {
         "inspect": (Inspect, inspect),
+        "shards": (WriteShards, shards),
         "tokenizer": (TrainTokenizer, train_tokenizer),
     }
     if name in ("-h", "--help"):
         print(
             "usage: qwen-jax data COMMAND SOURCES... [options]\n\n"
             "  inspect    tokens, packing and samples of sources\n"
+            "  shards     tokenise sources once, for training at scale\n"
             "  tokenizer  learn a tokenizer from sources"
         )
         return 0
     if name not in commands:
-        raise InputError(f"there is no command 'data {name}'; there are {' and '.join(commands)}.")
+        raise InputError(f"there is no command 'data {name}'; there are {', '.join(commands)}.")
     kind, command = commands[name]
     options = tyro.cli(kind, args=rest, prog=f"qwen-jax data {name}", config=(tyro.conf.FlagCreatePairsOff,))
     if not options.sources:
         raise InputError(f"data {name} needs at least one source: a file, a folder, or corpus:english.")
     command(options)
     return 0
+
+
+def shards(options: WriteShards) -> None:
+    """Writes the shards. Raises InputError when a source cannot be used or the folder exists."""
+    from qwen_jax.tokenizer import load_tokenizer
+    from qwen_jax.weights.default_model import default_model
+    from train.data.documents import REPO_TOKENS, Tokenise, check_special_tokens, tokenise_all
+    from train.data.shards import write_shards
+    from train.data.sources import open_source
+
+    if options.shard_tokens < 1:
+        raise InputError(f"shard_tokens is {options.shard_tokens}, which must be 1 or more.")
+    tokenizer = load_tokenizer(default_model() if options.tokenizer == "default" else options.tokenizer)
+    if options.repo_level:
+        check_special_tokens(tokenizer, REPO_TOKENS, "repo_level")
+    tokenise = Tokenise(tokenizer, fim_rate=0.0, max_tokens=0)
+    opened = [open_source(_source(path, 1.0, options)) for path in options.sources]
+    began, total = time.perf_counter(), [0, 0]
+
+    def advance(documents: int, tokens: int) -> None:
+        total[0], total[1] = total[0] + documents, total[1] + tokens
+        rate = total[1] / (time.perf_counter() - began)
+        print(f"{total[0]:,} documents, {total[1]:,} tokens, {rate:,.0f} tokens/s", file=sys.stderr)
+
+    documents = itertools.chain.from_iterable(tokenise_all(source, tokenise, tokenizer) for source in opened)
+    made = write_shards(documents, tokenizer, options.out, options.shard_tokens, advance)
+    seconds = time.perf_counter() - began
+    print(f"{options.out}: " + ", ".join(f"{count:,} {name}" for name, count in made.items()) + f" in {seconds:.0f} s")
 
 
 def train_tokenizer(options: TrainTokenizer) -> None:
@@ -147,7 +202,7 @@ def inspect(options: Inspect) -> None:
     from qwen_jax.weights.default_model import default_model
 
     tokenizer = load_tokenizer(default_model() if options.tokenizer == "default" else options.tokenizer)
-    sources = tuple(_source(text, options) for text in options.sources)
+    sources = tuple(_source(*_weighted(text), options) for text in options.sources)
     config = DataConfig(
         sources=sources,
         sequence_length=options.sequence_length,
@@ -233,20 +288,17 @@ def segments_as_text(batch: dict[str, Any], row: int, tokenizer: Tokenizer) -> l
     return [{"tokens": len(piece), "text": tokenizer.decode(piece.tolist())} for piece in pieces]
 
 
-def _source(text: str, options: Inspect) -> SourceConfig:
+def _weighted(text: str) -> tuple[str, float]:
     path, equals, weight = text.rpartition("=")
     try:
-        path, number = (path, float(weight)) if equals else (text, 1.0)
+        return (path, float(weight)) if equals else (text, 1.0)
     except ValueError:
-        path, number = text, 1.0  # a name with an equals sign in it
-    return SourceConfig(
-        path,
-        weight=number,
-        format=options.format,
-        text_field=options.text_field,
-        split=options.split,
-        repo_level=options.repo_level,
-    )
+        return text, 1.0  # a name with an equals sign in it
+
+
+def _source(path: str, weight: float, options: Inspect | WriteShards) -> SourceConfig:
+    names = ("format", "text_field", "split", "repo_level", "on_bad_record")
+    return SourceConfig(path, weight, **{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def _print(sources: list[SourceRow], packed: list[PackingRow], samples: list[list[dict[str, Any]]]) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from qwen_jax.errors import InputError
 
-Format = Literal["auto", "jsonl", "parquet", "arrayrecord", "text", "hf"]
+Format = Literal["auto", "jsonl", "parquet", "arrayrecord", "text", "hf", "shards"]
 Packing = Literal["best-fit", "concat"]
 
 
@@ -25,6 +25,9 @@ class SourceConfig:
     """`auto` goes by the file names; `jsonl` reads arrays too; `hf` needs the package `datasets`."""
     text_field: str = "text"
     """The field of a record that holds the text."""
+    messages_field: str | None = None
+    """Records are conversations: the field that holds the list of messages, beside `tools` where there are any. They
+    are written by the tokenizer's chat template, and only what the assistant says is learned."""
     split: str = "train"
     """Of a Hugging Face data set; our corpora have `train` and `held-out`."""
     on_bad_record: Literal["refuse", "skip"] = "refuse"
@@ -34,6 +37,8 @@ class SourceConfig:
     """Documents are whole repositories: records with `repo_name` and `files`, or one sub-folder each."""
 
     def __post_init__(self) -> None:
+        if self.messages_field and self.repo_level:
+            raise InputError(f"{self.path} cannot hold conversations and repositories; leave one of the two out.")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise InputError(
                 f"the weight of {self.path} is {self.weight}, which must be above 0; leave the source out."

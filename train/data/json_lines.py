@@ -21,6 +21,7 @@ from train.data.records import Document, document_of
 
 _BOM = b"\xef\xbb\xbf"
 _READ = 1 << 20  # bytes of an array at a time
+_ONE_OBJECT = 1 << 28  # bytes of a file that is one object, at most
 _SPACE = " \t\r\n"
 
 
@@ -69,7 +70,7 @@ def _index(file: Path, name: Path, config: SourceConfig, unit: str) -> Path:
     Where bad records are refused, raises InputError with the file's `name` and the line, row or element of the first.
     """
     check = config.on_bad_record == "refuse"
-    fields = ("repository",) if config.repo_level else ("text", config.text_field)
+    fields = ("repository",) if config.repo_level else (config.messages_field, config.text_field)
 
     def make(out: IO[bytes]) -> None:
         borders = array.array("q")
@@ -95,7 +96,7 @@ def _records(stream: IO[bytes], name: str, unit: str) -> Iterator[tuple[str, int
     stream.seek(begin)
     if first.lstrip().startswith(b"["):
         yield from _elements(stream, name, begin)
-    elif first.strip() == b"{" or (first.lstrip().startswith(b"{") and not _is_json(first) and _is_json(stream.read())):
+    elif first.lstrip().startswith(b"{") and not _is_json(first) and _is_json(stream.read(_ONE_OBJECT)):
         stream.seek(begin)
         yield name, begin, stream.read()
     else:
@@ -178,7 +179,7 @@ def from_parquet(config: SourceConfig, file: Path) -> Path:
         import pyarrow.parquet
     except ImportError:
         raise InputError("reading Parquet needs pyarrow; run: pip install 'qwen-jax[train]'.") from None
-    fields = ["repo_name", "files"] if config.repo_level else [config.text_field]
+    fields = ["repo_name", "files"] if config.repo_level else [config.messages_field or config.text_field]
     check = config.on_bad_record == "refuse"
 
     def line(row: int, batch: Any, index: int) -> bytes:

@@ -22,8 +22,9 @@ from qwen_jax.errors import EnvironmentFailed, InputError
 from qwen_jax.tokenizer import Tokenizer
 from train.data.config import DataConfig, LengthShare
 from train.data.documents import FIM_TOKENS, REPO_TOKENS, Tokenise, check_special_tokens, mean_tokens
-from train.data.packing import BestFit, Concat
+from train.data.packing import BestFit, Concat, Piece, make_row
 from train.data.records import Source
+from train.data.shards import Shards
 from train.data.sources import fingerprint, open_source
 
 PREFETCHED_BATCHES = 2
@@ -34,58 +35,60 @@ _CHUNK, _CHUNKS_AHEAD = 16, 4
 Batch = dict[str, np.ndarray]
 
 
-def make_loader(
-    config: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
-) -> DataIterator:
-    """This process's rows of every batch.
+def make_loader(config: DataConfig, tokenizer: Tokenizer, rows: Sequence[int] | None = None) -> DataIterator:
+    """Those rows of every batch that a process needs; by default all.
 
-    `next()` gives a dict of arrays [batch_size / process_count, sequence_length]: tokens, targets (the next token of
-    the same document), positions (from 0 in each segment) and segment_ids (0 is padding, 1, 2, ... the row's segments),
-    all int32, and loss_mask float32, which is 0 at padding and where a document has ended. Rows of different processes
-    come from different documents. Raises InputError when a source or the config cannot be used.
+    `next()` gives a dict of arrays [len(rows), sequence_length]: tokens, targets (the next token of the same document),
+    positions (from 0 in each segment) and segment_ids (0 is padding, 1, 2, ... the row's segments), all int32, and
+    loss_mask float32, which is 0 at padding and where a document has ended. There is one global order: whatever rows a
+    process takes, and however many processes there are, the batches are the same. Raises InputError when a source or
+    the config cannot be used.
     """
-    if not 0 <= process_index < process_count:
-        raise InputError(f"process_index is {process_index}, which must be from 0 to {process_count - 1}.")
-    if config.batch_size % process_count:
-        raise InputError(
-            f"a batch of {config.batch_size} rows cannot be divided among {process_count} processes; "
-            f"use a multiple of {process_count}."
-        )
     if config.fim_rate:
         check_special_tokens(tokenizer, FIM_TOKENS, "fill-in-the-middle")
     if any(source.repo_level for source in config.sources):
         check_special_tokens(tokenizer, REPO_TOKENS, "repo_level")
     sources = [open_source(source) for source in config.sources]
-    documents, epoch = _documents(config, sources, tokenizer, slice(process_index, None, process_count))
+    tokenised = [source for source in sources if isinstance(source, Shards)]
+    for source in tokenised:
+        source.check(tokenizer, config.fim_rate)
+    documents, epoch = _documents(config, sources, tokenizer)
+    workers = 0 if len(tokenised) == len(sources) else config.num_workers  # there is nothing to tokenise
     shares = config.length_shares or (LengthShare(1.0),)
-    rows = [
-        _packed(Documents(documents, share, epoch, config.num_workers), config, tokenizer.pad_id) for share in shares
-    ]
-    dataset = rows[0] if len(rows) == 1 else grain.IterDataset.mix(rows, [share.share for share in shares])
-    dataset = dataset.batch(config.batch_size // process_count)
+    packed = [_packed(Documents(documents, share, epoch, workers), config) for share in shares]
+    dataset = packed[0] if len(packed) == 1 else grain.IterDataset.mix(packed, [share.share for share in shares])
+    wanted = range(config.batch_size) if rows is None else rows
+
+    def batch(pieces: Sequence[Sequence[Piece]]) -> Batch:
+        """The wanted rows; those that the last batch of finite data lacks are padding."""
+        of_rows = [pieces[row] if row < len(pieces) else () for row in wanted]
+        made = [make_row(row, config.sequence_length, tokenizer.pad_id) for row in of_rows]
+        return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+    dataset = dataset.batch(config.batch_size, batch_fn=list).map(batch)
     identity = {
         **dataclasses.asdict(dataclasses.replace(config, sources=config.sources[:1])),
         "sources": [
             {
                 "content": f"{len(source)} documents, {fingerprint(source)}",
-                **{name: getattr(c, name) for name in ("weight", "text_field", "repo_level", "on_bad_record")},
+                **{
+                    name: getattr(c, name)
+                    for name in ("weight", "text_field", "messages_field", "repo_level", "on_bad_record")
+                },
             }
             for source, c in zip(sources, config.sources, strict=True)
         ],
         "tokens in the vocabulary": len(tokenizer),
-        "process_index": process_index,
-        "process_count": process_count,
     }
     del identity["num_workers"]  # any number of workers gives the same batches
-    return DataIterator(dataset, identity, config.batch_size // process_count, tokenizer.pad_id)
+    return DataIterator(dataset, identity)
 
 
 class DataIterator:
     """Batches, two of them prepared ahead in a thread. Close it, or use it in `with`, to end its worker processes."""
 
-    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], rows: int, pad_id: int) -> None:
+    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any]) -> None:
         self._identity = json.loads(json.dumps(identity))  # as a checkpoint gives it back
-        self._rows, self._pad_id = rows, pad_id
         prefetched = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCHED_BATCHES)
         self._open = [prefetched.__iter__()]
         # Also at exit, while modules are whole: what grain does when the interpreter deletes an iterator needs them
@@ -101,16 +104,21 @@ class DataIterator:
         return self
 
     def __next__(self) -> Batch:
-        return _full(next(self._batches), self._rows, self._pad_id)
+        return next(self._batches)
+
+    def next(self, step: int, policy: Any) -> Batch | None:
+        """The next batch, whatever the weights are; None at the end."""
+        return next(self, None)
 
     def get_state(self) -> dict[str, Any]:
         """The place after the last batch that was taken, a few hundred bytes that `json` can hold."""
         return {"config": copy.deepcopy(self._identity), "place": copy.deepcopy(self._batches.get_state())}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `get_state` was called: the next batches equal those of an uninterrupted run, bit for bit.
+        """Goes on where `get_state` was called, on any process: the next batches equal those of an uninterrupted run,
+        bit for bit.
 
-        Raises InputError when the state is of other data, another config, or another process.
+        Raises InputError when the state is of other data or another config.
         """
         if changed := [name for name in self._identity if state["config"].get(name) != self._identity[name]]:
             raise InputError(
@@ -118,6 +126,11 @@ class DataIterator:
                 f"{self._identity[changed[0]]}; restore the old setting, or start the data afresh."
             )
         self._batches.set_state(copy.deepcopy(state["place"]))
+
+    def metrics(self) -> dict[str, float]:
+        """Records that were left out because they are bad, where there are any."""
+        bad = _count(self._batches.get_state(), "bad")
+        return {"bad_records": float(bad)} if bad else {}
 
     def close(self) -> None:
         """Ends threads and worker processes; no batch can be taken afterwards."""
@@ -128,6 +141,13 @@ class DataIterator:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _count(state: Any, name: str) -> int:
+    """The sum of all numbers of this name in a state."""
+    if isinstance(state, dict):
+        return sum(value if key == name else _count(value, name) for key, value in state.items())
+    return sum(_count(value, name) for value in state) if isinstance(state, list) else 0
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:
@@ -225,10 +245,8 @@ def _end_with_parent(_index: int, _count: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _documents(
-    config: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer, shard: slice
-) -> tuple[grain.MapDataset, int]:
-    """This process's mixture of tokenised documents, and how many of it show each of its documents at least once."""
+def _documents(config: DataConfig, sources: Sequence[Source], tokenizer: Tokenizer) -> tuple[grain.MapDataset, int]:
+    """The mixture of tokenised documents, and how many of it show each document at least once."""
     tokenise = Tokenise(tokenizer, fim_rate=config.fim_rate, max_tokens=config.sequence_length)
     streams = []
     for number, source in enumerate(sources):
@@ -238,35 +256,17 @@ def _documents(
         stream = grain.MapDataset.source(source)
         if config.shuffle:
             stream = stream.shuffle(seed=seed)
-        # Cut into shards before mixing: every n-th of a mixture would hold other shares of the sources
-        stream = stream.repeat(config.epochs).random_map(tokenise, seed=seed).slice(shard)
-        if not len(stream):
-            raise InputError(
-                f"{config.sources[number].path} has {len(source)} documents for {shard.step} processes; "
-                "use fewer processes, more epochs or more documents."
-            )
-        streams.append(stream)
+        streams.append(stream.repeat(config.epochs).random_map(tokenise, seed=seed))
     if len(streams) == 1:
-        return streams[0], -(-len(sources[0]) // shard.step)
+        return streams[0], len(sources[0])
     weights = [
         source.weight / mean_tokens(opened, tokenise) for source, opened in zip(config.sources, sources, strict=True)
     ]
     epoch = max(len(source) * sum(weights) / weight for source, weight in zip(sources, weights, strict=True))
-    return grain.MapDataset.mix(streams, weights), math.ceil(epoch / shard.step)
+    return grain.MapDataset.mix(streams, weights), math.ceil(epoch)
 
 
-def _packed(documents: Documents, config: DataConfig, pad_id: int) -> grain.IterDataset:
+def _packed(documents: Documents, config: DataConfig) -> grain.IterDataset:
     if config.packing == "concat":
-        return Concat(documents, length=config.sequence_length, pad_id=pad_id)
-    return BestFit(documents, length=config.sequence_length, pad_id=pad_id, seed=config.seed)
-
-
-def _full(batch: Batch, rows: int, pad_id: int) -> Batch:
-    """The last batch of a finite run, filled up with rows of padding."""
-    missing = rows - len(batch["tokens"])
-    if not missing:
-        return batch
-    return {
-        name: np.pad(array, ((0, missing), (0, 0)), constant_values=pad_id if name in ("tokens", "targets") else 0)
-        for name, array in batch.items()
-    }
+        return Concat(documents, length=config.sequence_length)
+    return BestFit(documents, length=config.sequence_length, seed=config.seed)

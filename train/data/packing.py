@@ -75,15 +75,15 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class BestFit(grain.IterDataset):
-    """Rows of whole documents; one longer than a row is cut into pieces of at most a row, and none is dropped.
+    """The pieces of rows of whole documents; one longer than a row is cut into some of at most a row, none is dropped.
 
     Documents are gathered until they fill WINDOW_ROWS rows and WINDOW_TOKENS tokens, then packed together; the rows
     come in random order.
     """
 
-    def __init__(self, documents: grain.IterDataset, *, length: int, pad_id: int, seed: int) -> None:
+    def __init__(self, documents: grain.IterDataset, *, length: int, seed: int) -> None:
         super().__init__(documents)
-        self.length, self.pad_id, self.row_seed = length, pad_id, seed
+        self.length, self.row_seed = length, seed
 
     def __iter__(self) -> grain.DatasetIterator:
         return _BestFitIterator(self._parent.__iter__(), self)
@@ -95,7 +95,7 @@ class _BestFitIterator(grain.DatasetIterator):
         self._dataset = dataset
         self.set_state({"parent": parent.get_state(), "window": 0, "row": 0})
 
-    def __next__(self) -> Row:
+    def __next__(self) -> list[Piece]:
         if self._rows is None:
             self._rows = self._pack()
         if self._next_row == len(self._rows):
@@ -103,7 +103,7 @@ class _BestFitIterator(grain.DatasetIterator):
             self._start, self._window, self._next_row = self._parent.get_state(), self._window + 1, 0
             self._rows = self._pack()
         self._next_row += 1
-        return make_row(self._rows[self._next_row - 1], self._dataset.length, self._dataset.pad_id)
+        return self._rows[self._next_row - 1]
 
     def _pack(self) -> list[list[Piece]]:
         length = self._dataset.length
@@ -134,11 +134,11 @@ class _BestFitIterator(grain.DatasetIterator):
 
 
 class Concat(grain.IterDataset):
-    """All documents one after the other, split wherever a row ends: no padding until the very end."""
+    """The pieces of rows of all documents one after the other, split wherever a row ends: no padding until the end."""
 
-    def __init__(self, documents: grain.IterDataset, *, length: int, pad_id: int) -> None:
+    def __init__(self, documents: grain.IterDataset, *, length: int) -> None:
         super().__init__(documents)
-        self.length, self.pad_id = length, pad_id
+        self.length = length
 
     def __iter__(self) -> grain.DatasetIterator:
         return _ConcatIterator(self._parent.__iter__(), self)
@@ -150,7 +150,7 @@ class _ConcatIterator(grain.DatasetIterator):
         self._dataset = dataset
         self.set_state({"parent": parent.get_state(), "offset": 0})
 
-    def __next__(self) -> Row:
+    def __next__(self) -> list[Piece]:
         pieces: list[Piece] = []
         room = self._dataset.length
         while room:
@@ -171,7 +171,7 @@ class _ConcatIterator(grain.DatasetIterator):
             self._offset = stop
             if stop == len(tokens):
                 self._document, self._offset = None, 0
-        return make_row(pieces, self._dataset.length, self._dataset.pad_id)
+        return pieces
 
     def get_state(self) -> dict[str, Any]:
         return {"parent": self._before if self._offset else self._parent.get_state(), "offset": self._offset}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from qwen_jax.errors import InputError
 from train.data.config import SourceConfig
 
@@ -16,11 +18,19 @@ class Repository(NamedTuple):
     files: tuple[tuple[str, str], ...]
 
 
+class Conversation(NamedTuple):
+    """Messages in OpenAI's form, and the tools that the assistant has."""
+
+    messages: tuple[Any, ...]
+    tools: tuple[Any, ...] | None
+
+
 class BadRecord(str):
     """In place of a document that cannot be used: an empty text."""
 
 
-Document = str | Repository
+# Text, or the tokens of a document in shards, uint32 [N], closed by `<|endoftext|>`
+Document = str | Repository | Conversation | np.ndarray
 
 
 class Source(Protocol):
@@ -42,6 +52,11 @@ def document_of(record: Any, config: SourceConfig, place: str) -> Document:
             raise InputError(
                 f"{place} is no repository: it needs repo_name, and files as a list of path and content."
             ) from None
+    if config.messages_field:
+        messages, tools = record.get(config.messages_field), record.get("tools")
+        if not isinstance(messages, list) or not isinstance(tools, list | None):
+            raise InputError(f"{place} is no conversation: it needs a list of messages in {config.messages_field!r}.")
+        return Conversation(tuple(messages), None if tools is None else tuple(tools))
     if config.text_field not in record:
         fields = ", ".join(map(str, record)) or "none"
         raise InputError(f"{place} has no field {config.text_field!r} (it has: {fields}); name one with text_field.")

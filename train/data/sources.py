@@ -26,6 +26,7 @@ from train.data.config import SourceConfig
 from train.data.corpora import corpus_file
 from train.data.json_lines import JsonLines, from_parquet
 from train.data.records import BadRecord, Document, Repository, Source, document_of
+from train.data.shards import INDEX, Shards
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet",)
@@ -57,6 +58,8 @@ def open_source(config: SourceConfig) -> Source:
 
 def fingerprint(source: Source) -> str:
     """What a source holds, in a few characters: its number of documents and bytes, and documents spread over it."""
+    if isinstance(source, Shards):
+        return source.digest
     digest = hashlib.sha256(f"{len(source)} {getattr(source, 'num_bytes', None)}".encode())
     for index in np.linspace(0, len(source) - 1, min(64, len(source))).astype(int):
         digest.update(repr(source[int(index)]).encode())
@@ -70,6 +73,8 @@ def _open(config: SourceConfig) -> Source:
     if config.format == "hf":
         return HuggingFace(config)
     path = local_path(config.path)
+    if config.format == "shards" or (config.format == "auto" and (path / INDEX).is_file()):
+        return Shards(path)
     if config.repo_level and path.is_dir() and config.format in ("auto", "text"):
         folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and folder.name[0] != ".")
         if folders:
