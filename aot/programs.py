@@ -115,12 +115,13 @@ def _lower_inference(program: Program, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def _inference_params(program: Program, mesh: Mesh) -> Any:
-    """The decoder's parameters: bfloat16, a tuple of layers; with int8, their matrices in one byte per weight."""
+    """The decoder's parameters: bfloat16, every layer apart; with int8, their matrices in one byte per weight."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
     from qwen_jax.model import abstract, param_shardings
+    from qwen_jax.unstacked import Unstacked
 
     config = program.config
     shapes, layouts = abstract(config, jnp.bfloat16), param_shardings(config, mesh)
@@ -137,7 +138,7 @@ def _inference_params(program: Program, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape[1:], jnp.int8 if quantised else leaf.dtype, sharding=layout)
 
     layer = jax.tree_util.tree_map_with_path(of_layer, shapes.pop("layers"), layouts.pop("layers"))
-    return jax.tree.map(whole, shapes, layouts) | {"layers": (layer,) * config.num_layers}
+    return jax.tree.map(whole, shapes, layouts) | {"layers": Unstacked([layer] * config.num_layers)}
 
 
 def _abstract_cache(program: Program, mesh: Mesh) -> Any:

@@ -20,6 +20,7 @@ from qwen_jax.cache import Cache, ContiguousCache, empty_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.cpu import kept_in_loop
 from qwen_jax.model import Inputs, Params, forward, unembed
+from qwen_jax.unstacked import Unstacked
 
 # Tokens that one call of the decode program can produce.
 MAX_STEPS = 32
@@ -88,7 +89,7 @@ def new_cache(config: ModelConfig, params: Params, prompt_lengths: jax.Array, ca
         prompt_lengths.shape[0],
         capacity,
         params["embed"]["embedding"].dtype,
-        stacked=not isinstance(params["layers"], tuple),
+        stacked=not isinstance(params["layers"], Unstacked),
         prompt_lengths=prompt_lengths,
     )
 

@@ -12,6 +12,7 @@ from qwen_jax.backend import Backend
 from qwen_jax.leaves import Packed, pack_mlp
 from qwen_jax.model import Params, unstack
 from qwen_jax.sharding import current_mesh
+from qwen_jax.unstacked import Unstacked
 
 
 def prepare(params: Params, backend: Backend, *, dtype: DTypeLike | None = None, donate: bool = False) -> Params:
@@ -32,8 +33,8 @@ def prepare(params: Params, backend: Backend, *, dtype: DTypeLike | None = None,
 
 
 def _packed(tree: Any) -> Any:
-    if isinstance(tree, tuple):
-        return tuple(map(_packed, tree))
+    if isinstance(tree, Unstacked):
+        return Unstacked(map(_packed, tree))
     if not isinstance(tree, dict):
         return tree
     if "gate" in tree and _is_bfloat16(tree["gate"]):

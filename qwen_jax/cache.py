@@ -16,6 +16,7 @@ from qwen_jax.kernels.spec import AttentionSpec
 from qwen_jax.layers.sharded_attention import attention
 from qwen_jax.layers.sparse import SparseBudget, sparse_attention
 from qwen_jax.sharding import cache_heads, constrain, current_mesh
+from qwen_jax.unstacked import Unstacked
 
 
 @runtime_checkable
@@ -54,12 +55,11 @@ class Cache(Protocol):
 class ContiguousCache(flax.struct.PyTreeNode):
     """The token at place p of row b lies in slot p of row b.
 
-    `k` and `v` are one array [L, B, K, S, h] beside stacked parameters, or a tuple of L arrays [B, K, S, h] beside
-    unstacked ones.
+    `k` and `v` are stacked, [L, B, K, S, h], or apart, each layer [B, K, S, h], as the parameters are.
     """
 
-    k: jax.Array | tuple[jax.Array, ...]
-    v: jax.Array | tuple[jax.Array, ...]
+    k: jax.Array | Unstacked
+    v: jax.Array | Unstacked
     lengths: jax.Array  # [B] int32
     prompt_lengths: jax.Array  # [B] int32
 
@@ -69,10 +69,10 @@ class ContiguousCache(flax.struct.PyTreeNode):
         return self.k[0].shape[-2]
 
     def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array, start: jax.Array | int) -> ContiguousCache:
-        def written(held: jax.Array | tuple[jax.Array, ...], new: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
-            if isinstance(held, tuple):
-                updated = _written(held[layer], new, start)
-                return (*held[:layer], updated, *held[layer + 1 :])
+        def written(held: jax.Array | Unstacked, new: jax.Array) -> jax.Array | Unstacked:
+            if isinstance(held, Unstacked):
+                assert isinstance(layer, int)
+                return held.with_layer(layer, _written(held[layer], new, start))
             if _is_zero(start):
                 return held.at[layer].set(_written(held[0], new, 0))
             where = (jnp.asarray(layer), *_slots(new, start))
@@ -108,10 +108,10 @@ def empty_cache(
     shape = (batch, cache_heads(config.num_kv_heads), capacity, config.head_dim)
     kept = current_backend().cache_dtype or dtype
 
-    def zeros() -> jax.Array | tuple[jax.Array, ...]:
+    def zeros() -> jax.Array | Unstacked:
         if stacked:
             return _laid_out(jnp.zeros((config.num_layers, *shape), kept))
-        return tuple(_laid_out(jnp.zeros(shape, kept)) for _ in range(config.num_layers))
+        return Unstacked(_laid_out(jnp.zeros(shape, kept)) for _ in range(config.num_layers))
 
     return ContiguousCache(zeros(), zeros(), jnp.zeros(batch, jnp.int32), prompt_lengths)
 

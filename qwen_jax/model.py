@@ -1,7 +1,7 @@
 """Every Qwen on one page: tokens -> hidden states -> logits.
 
 Pure functions over one parameter tree, a nested dict. `params["layers"]` holds all layers stacked on a leading axis
-(scanned), or, where every layer shall be its own buffers and the loop unrolled (`unstack`), a tuple of L trees.
+(scanned), or each apart, with buffers of its own for an unrolled loop (`unstack`).
 
 Letters: B batch, T query length, S key length, L layers, D model width, F feed-forward width, H query heads,
 K key/value heads, h head width, V vocabulary rows, E experts.
@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from qwen_jax import unstacked
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
@@ -33,6 +34,7 @@ from qwen_jax.layers.norm import RMSNorm
 from qwen_jax.layers.rope import rotary_tables
 from qwen_jax.layers.sparse import sparse_budgets
 from qwen_jax.sharding import check_divides, constrain, shardings
+from qwen_jax.unstacked import Unstacked
 
 Params = dict[str, Any]
 
@@ -187,20 +189,8 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def unstack(params: Params, *, donate: bool = False) -> Params:
-    """The same parameters with every layer in its own buffers, for an unrolled decode loop.
-
-    donate: frees the stacked layers one leaf at a time, so that at most one leaf exists twice.
-    """
-    if isinstance(params["layers"], tuple):
-        return params
-    flat, treedef = jax.tree.flatten(params["layers"])
-    split = []
-    for stacked in flat:
-        split.append([stacked[i] for i in range(stacked.shape[0])])
-        if donate:
-            stacked.delete()
-    layers = tuple(treedef.unflatten([leaf[i] for leaf in split]) for i in range(len(split[0])))
-    return params | {"layers": layers}
+    """The same parameters with every layer apart, for an unrolled decode loop; donate: see `unstacked.unstack`."""
+    return params | {"layers": unstacked.unstack(params["layers"], donate=donate)}
 
 
 def forward(
@@ -292,13 +282,13 @@ def _layers(
     def run(layer_params: Params, x: jax.Array, cache: Cache | None, layer: Any, window: Any, only: Any = None) -> Any:
         return block.apply({"params": layer_params}, x, context.of_layer(layer, window), cache, layer, only)
 
-    if isinstance(layers, tuple):
+    if isinstance(layers, Unstacked):
         residuals, routers = [x], []
         for i, layer_params in enumerate(layers):
             x, cache, router = run(layer_params, x, cache, i, windows[i], only if i == len(layers) - 1 else None)
             residuals, routers = [*residuals, x], [*routers, router]
-        stacked = jax.tree.map(lambda *each: jnp.stack(each), *routers)
-        return x, cache, jnp.stack(residuals) if return_layers else None, stacked
+        router = jax.tree.map(lambda *each: jnp.stack(each), *routers)
+        return x, cache, jnp.stack(residuals) if return_layers else None, router
 
     # of differing layers, those without a window get one that holds every place
     window = None if len(set(windows)) == 1 else jnp.asarray([w or 2**30 for w in windows])

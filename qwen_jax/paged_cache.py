@@ -14,6 +14,7 @@ from qwen_jax.kernels.pages import Pages
 from qwen_jax.kernels.spec import AttentionSpec
 from qwen_jax.layers.sparse import SparseBudget
 from qwen_jax.sharding import current_mesh
+from qwen_jax.unstacked import Unstacked
 
 
 class PagedCache(flax.struct.PyTreeNode):
@@ -24,7 +25,7 @@ class PagedCache(flax.struct.PyTreeNode):
     table beyond a row's length may hold anything.
     """
 
-    layers: tuple[Pages, ...]
+    layers: Unstacked  # of Pages
     tables: jax.Array  # [B, M] int32
     lengths: jax.Array  # [B] int32
     prompt_lengths: jax.Array  # [B] int32
@@ -36,7 +37,7 @@ class PagedCache(flax.struct.PyTreeNode):
 
     def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array, start: jax.Array | int) -> PagedCache:
         here = _of(self.layers, layer).written(self.tables, k, v, start)
-        return self.replace(layers=(*self.layers[:layer], here, *self.layers[layer + 1 :]))
+        return self.replace(layers=self.layers.with_layer(int(layer), here))
 
     def attend(
         self, layer: jax.Array | int, q: jax.Array, spec: AttentionSpec, budget: SparseBudget | None = None
@@ -48,7 +49,7 @@ class PagedCache(flax.struct.PyTreeNode):
         return attend_pages(q, _of(self.layers, layer), self.tables, spec)
 
 
-def _of(layers: tuple[Pages, ...], layer: jax.Array | int) -> Pages:
+def _of(layers: Unstacked, layer: jax.Array | int) -> Pages:
     if not isinstance(layer, int):
         raise InputError("a paged cache has its own buffers for every layer; unstack the parameters.")
     return layers[layer]
@@ -67,5 +68,5 @@ def paged_cache(
             scales = [jnp.zeros((num_pages, config.num_kv_heads, page)) for _ in scales]
         return Pages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
 
-    layers = tuple(zeros() for _ in range(config.num_layers))
+    layers = Unstacked(zeros() for _ in range(config.num_layers))
     return PagedCache(layers, tables, jnp.zeros(tables.shape[0], jnp.int32), prompt_lengths)

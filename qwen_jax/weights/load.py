@@ -148,9 +148,11 @@ class ParamsCheckpoint(Checkpoint):
 
 def _by_path(params: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves by path; a list of them, one for each layer, where layers are apart."""
+    from qwen_jax.unstacked import Unstacked
+
     held: dict[str, Any] = {}
     for name, tree in params.items():
-        if isinstance(tree, tuple):
+        if isinstance(tree, Unstacked):
             layers = [dict(flatten(layer, f"{name}/")) for layer in tree]
             held |= {path: [layer[path] for layer in layers] for path in layers[0]}
         else:

@@ -9,6 +9,7 @@ from infer.prepare import prepare
 from qwen_jax.backend import Backend
 from qwen_jax.kernels.cpu import PART
 from qwen_jax.layers.mlp import Mlp
+from qwen_jax.unstacked import Unstacked
 
 
 @pytest.mark.parametrize("features", [96, 2 * PART + 8])
@@ -22,7 +23,7 @@ def test_is_its_formula(features: int, tokens: int, dtype: str, kernels: str) ->
     x = jnp.asarray(3 * rng.standard_normal((1, tokens, 64)), dtype)  # gates of up to 12
 
     layer = {"mlp": {name: {"kernel": weight} for name, weight in weights.items()}}
-    served = prepare({"layers": (layer,)}, Backend(kernels))["layers"][0]["mlp"]  # type: ignore[arg-type]
+    served = prepare({"layers": Unstacked([layer])}, Backend(kernels))["layers"][0]["mlp"]  # type: ignore[arg-type]
     if kernels == "cpu":
         assert len(served["gate"]["kernel"].parts) == (1 if dtype == "float32" else -(-features // PART))
 
