@@ -4,11 +4,15 @@ Both sides run in turn and twice, each time in a process of its own, on the same
 512 tokens, then greedy tokens with a KV cache, for one sequence and for eight. `transformers` runs as it is fastest
 here: SDPA attention, inference mode, logits of the last position only, as many threads as cores. Rates are the best of
 all repetitions, so that other work on the machine disturbs both sides least; read the ratios, not the rates.
+
+A mixture of experts stands beside a dense model with as many active parameters, one layer of each in turn: the shape is
+Qwen1.5-MoE's, and one token or eight follow 511 in the cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -42,28 +46,42 @@ class Arguments:
 def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "measure":  # in a process of its own, started below
         side, folder, dtype, repetitions = argv[1:]
+        if side == "experts":
+            print(json.dumps(_experts(dtype, int(repetitions))))
+            return 0
         print(json.dumps((_ours if side == "ours" else _transformers)(folder, dtype, int(repetitions))))
         return 0
     options = tyro.cli(Arguments, args=argv, prog="python -m bench.cpu")
     from qwen_jax.weights.export import save_hf
     from qwen_jax.weights.open import open_checkpoint
 
+    def measure(side: str, folder: str, dtype: str) -> dict[str, float]:
+        command = [sys.executable, "-m", "bench.cpu", "measure", side, folder, dtype, str(options.repetitions)]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
     rates: dict[str, dict[str, dict[str, float]]] = {}
+    layers = {dtype: measure("experts", "", dtype) for dtype in DTYPES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(Path(temporary) / "model")
         save_hf(open_checkpoint("default"), folder)
         for dtype in DTYPES:
             for side in ("ours", "transformers") * ROUNDS:
-                command = [sys.executable, "-m", "bench.cpu", "measure", side, folder, dtype, str(options.repetitions)]
-                environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                 best = rates.setdefault(dtype, {}).setdefault(side, {})
-                for name, rate in json.loads(done.stdout.splitlines()[-1]).items():
+                for name, rate in measure(side, folder, dtype).items():
                     _keep(best, name, rate)
     if options.json:
-        print(json.dumps(rates, indent=2))
+        print(json.dumps({"rates": rates, "milliseconds of a layer": layers}, indent=2))
     else:
         _print(rates)
+        for dtype, taken in layers.items():
+            for batch in BATCHES:
+                experts, dense = (taken[f"{kind} batch {batch}"] for kind in ("experts", "dense"))
+                print(
+                    f"a layer, decode batch {batch}, {dtype}: experts {experts:.2f} ms, dense {dense:.2f} ms, ", end=""
+                )
+                print(f"ratio {experts / dense:.2f}")
     return 0
 
 
@@ -145,6 +163,45 @@ def _transformers(folder: str, dtype: str, repetitions: int) -> dict[str, float]
             for _ in range(repetitions + 1):
                 _keep(rates, f"decode batch {batch}", batch * (NEW_TOKENS - 1) / answer(batch, NEW_TOKENS)[1])
     return rates
+
+
+def _experts(dtype: str, repetitions: int) -> dict[str, float]:
+    """Milliseconds of one layer of Qwen1.5-MoE and of a dense one that multiplies by as many parameters."""
+    import jax
+    import jax.numpy as jnp
+
+    from infer.decode import new_cache
+    from infer.prepare import prepare
+    from qwen_jax.backend import Backend
+    from qwen_jax.model import Inputs, abstract, forward
+    from qwen_jax.presets import load_preset
+
+    moe = dataclasses.replace(load_preset("Qwen1.5-MoE-A2.7B"), num_layers=1, vocab_size=256)
+    assert moe.moe is not None
+    width = moe.moe.shared_intermediate_size + moe.moe.top_k * moe.moe.expert_intermediate_size
+    dense = dataclasses.replace(moe, model_type="qwen2", moe=None, intermediate_size=width)
+    steps = {}
+    for name, config in (("experts", moe), ("dense", dense)):
+        params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), abstract(config, jnp.dtype(dtype)))
+        embedding = params["embed"]["embedding"]
+        params["embed"]["embedding"] = jax.random.normal(jax.random.key(0), embedding.shape, embedding.dtype)
+        if config.moe:
+            router = params["layers"]["moe"]["router"]
+            router["kernel"] = jax.random.normal(jax.random.key(1), router["kernel"].shape, router["kernel"].dtype)
+        params = prepare(params, Backend.of(params), donate=True)
+        step = jax.jit(lambda params, inputs, cache, c=config: forward(c, params, inputs, cache=cache).hidden)
+        for batch in BATCHES:
+            lengths = jnp.full(batch, PROMPT_TOKENS - 1, jnp.int32)
+            cache = new_cache(config, params, lengths, PROMPT_TOKENS).replace(lengths=lengths)
+            tokens = jnp.arange(batch, dtype=jnp.int32)[:, None]
+            steps[f"{name} batch {batch}"] = functools.partial(step, params, Inputs.inference(tokens), cache)
+    taken: dict[str, float] = {}
+    for _ in range(8 * repetitions + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step().block_until_ready()
+            taken[name] = min(taken.get(name, float("inf")), (time.perf_counter() - began) * 1e3)
+    return taken
 
 
 def _keep(rates: dict[str, float], name: str, rate: float) -> None:

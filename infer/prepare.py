@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qwen_jax.backend import Backend
-from qwen_jax.leaves import Packed, pack_mlp
+from qwen_jax.leaves import Leaf, Packed, PackedExperts, pack_mlp
 from qwen_jax.model import Params, unstack
 from qwen_jax.sharding import current_mesh
 from qwen_jax.unstacked import Unstacked
@@ -42,9 +42,14 @@ def _packed(tree: Any) -> Any:
         packed = pack_mlp(*(tree[name]["kernel"] for name in names))
         return {name: {"kernel": weight} for name, weight in zip(names, packed, strict=True)}
     return {
-        name: Packed((leaf,)) if name in ("kernel", "embedding") and isinstance(leaf, jax.Array) else _packed(leaf)
-        for name, leaf in tree.items()
+        name: _packed_leaf(name, leaf) if isinstance(leaf, jax.Array) else _packed(leaf) for name, leaf in tree.items()
     }
+
+
+def _packed_leaf(name: str, leaf: jax.Array) -> Leaf:
+    if name in ("gate", "up", "down"):  # of experts
+        return PackedExperts.pack(leaf) if leaf.dtype.itemsize == 2 else leaf
+    return Packed((leaf,)) if name in ("kernel", "embedding") else leaf
 
 
 def _is_bfloat16(linear: Any) -> bool:

@@ -51,21 +51,27 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def grouped_matmul(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """As `kernels.grouped.grouped_matmul`, float32; rows beyond the groups are 0.
+    """As `kernels.grouped.grouped_matmul`, float32; rows beyond the groups are 0. `weight` may be its `bits`.
 
     "Experts are read in blocks of rows": one after another, as many as the groups need.
     """
     size = block_size(len(rows), len(group_sizes), 4, FEW_ROWS)
     blocks = row_blocks(len(rows), group_sizes, size)
-    padded = jnp.pad(rows, ((0, size), (0, 0)))
+    padded, weight = jnp.pad(rows, ((0, size), (0, 0))), bits(weight)
 
     def block(i: jax.Array, out: jax.Array) -> jax.Array:
         matrix = lax.dynamic_index_in_dim(weight, blocks.group[i], keepdims=False)
+        matrix = matrix if matrix.dtype == rows.dtype else lax.bitcast_convert_type(matrix, rows.dtype)
         y = matmul(matrix, lax.dynamic_slice_in_dim(padded, blocks.start[i], size))
         return lax.dynamic_update_slice_in_dim(out, y, blocks.start[i], 0)  # what is too much, later blocks overwrite
 
     out = lax.fori_loop(0, blocks.number, block, jnp.zeros((len(padded), weight.shape[1]), jnp.float32))[: len(rows)]
     return jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(group_sizes), out, 0.0)
+
+
+def bits(weight: jax.Array) -> jax.Array:
+    """Weights of 16 bits as integers: for XLA:CPU a slice of bfloat16 in a loop is one of all of it in float32."""
+    return lax.bitcast_convert_type(weight, jnp.uint16) if weight.dtype.itemsize == 2 else weight
 
 
 def grouped_gradient(rows: jax.Array, d_out: jax.Array, group_sizes: jax.Array) -> jax.Array:

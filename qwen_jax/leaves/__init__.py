@@ -2,7 +2,7 @@
 
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.lora import Lora
-from qwen_jax.leaves.packed import Packed, pack_mlp
+from qwen_jax.leaves.packed import Packed, PackedExperts, pack_mlp
 from qwen_jax.leaves.project import project, swiglu, swiglu_mlp
 from qwen_jax.leaves.weight import (
     Leaf,
@@ -21,6 +21,7 @@ __all__ = [
     "Leaf",
     "Lora",
     "Packed",
+    "PackedExperts",
     "Weight",
     "gathered",
     "gathered_in_shards",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from qwen_jax.kernels import cpu
@@ -42,6 +43,36 @@ class Packed(Weight):
         matrix = self.dense().astype(x.dtype).reshape(math.prod(out_shape), -1)
         y = cpu.matmul(matrix, x.reshape(math.prod(batch_shape), -1))
         return y.reshape(*batch_shape, *out_shape).astype(dtype)
+
+
+class PackedExperts(Weight):
+    """Experts [E, out, in] of 16-bit floats as the integers that XLA:CPU takes single ones of without reading all."""
+
+    bits: Component  # uint16
+    float_dtype: jnp.dtype = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def pack(cls, weight: jax.Array) -> PackedExperts:
+        return cls(cpu.bits(weight), weight.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.bits.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.float_dtype
+
+    def dense(self) -> jax.Array:
+        return lax.bitcast_convert_type(self.bits, self.float_dtype)
+
+    def axes(self, axes: Sequence[str | None]) -> Sequence[Sequence[str | None]]:
+        return [axes]
+
+    def grouped_matmul(self, rows: jax.Array, group_sizes: jax.Array, dtype: DTypeLike) -> jax.Array:
+        if rows.dtype != self.float_dtype:
+            return super().grouped_matmul(rows, group_sizes, dtype)
+        return cpu.grouped_matmul(rows, self.bits, group_sizes).astype(dtype)
 
 
 class Half(Weight):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.kernels.cpu import FEW_ROWS
-from qwen_jax.leaves import Packed, lookup, matmul
+from qwen_jax.leaves import Packed, PackedExperts, grouped_matmul, lookup, matmul
 
 
 @pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
@@ -36,6 +36,26 @@ def test_values_and_gradients(rows: int, dtype: str, num_in: int, packed: bool) 
         tolerance = 2e-6 if result.dtype == jnp.float32 else 2**-8
         error = np.linalg.norm(np.asarray(result, np.float64).reshape(reference.shape) - reference)
         assert error <= tolerance * np.linalg.norm(reference)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_experts(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    weight, rows = jnp.asarray(rng.standard_normal((3, 8, 16)), "bfloat16"), rng.standard_normal((9, 16))
+    packed, rows = PackedExperts.pack(weight), jnp.asarray(rows, dtype)
+    np.testing.assert_array_equal(packed.dense(), weight)
+    matrices = np.asarray(weight, np.float64)[np.repeat(np.arange(3), [2, 0, 7])]
+    wanted = np.einsum("roi,ri->ro", matrices, np.asarray(rows, np.float64))
+    found = grouped_matmul(packed, rows, jnp.asarray([2, 0, 7]))
+    assert packed.dtype == jnp.bfloat16 and np.linalg.norm(found - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+def test_served_experts_are_not_widened_whole() -> None:
+    """XLA:CPU would convert all of a bfloat16 stack to take a matrix out of it."""
+    packed = PackedExperts.pack(jnp.zeros((60, 176, 256), jnp.bfloat16))
+    rows, sizes = jnp.zeros((4, 256), jnp.bfloat16), jnp.zeros(60, jnp.int32)
+    compiled = jax.jit(grouped_matmul).lower(packed, rows, sizes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < packed.bits.nbytes // 8
 
 
 def test_lookup_of_rows_that_are_not_there() -> None:
