@@ -246,7 +246,7 @@ def attend_lse(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) ->
 def explain(config: ModelConfig, backend: Backend, capacity: int, prompt: int = 1024) -> dict[str, str]:
     """Which row reads a prompt, a piece of one over a cache of `capacity`, and a single token, by kind of layer."""
     chunk = config.dual_chunk.chunk_length if config.dual_chunk else None
-    rows: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
+    rows = jnp.zeros(1, jnp.int32)  # places that are not known
     found = {}
     for window in dict.fromkeys(config.layer_windows()):
         layer = "" if window is None else f", window of {window}"

@@ -1,6 +1,7 @@
 """Whole answers of small models by the rows that a TPU and a GPU take, their kernels interpreted, against plain jnp."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +42,17 @@ def answer(config: ModelConfig, params: Params, piece: int, steps: int = STEPS) 
     return tokens, logprobs
 
 
+@functools.cache
+def expected(name: str) -> tuple[Params, np.ndarray, np.ndarray]:
+    params = unstack(init(CONFIGS[name], jax.random.key(0)))
+    return params, *answer(CONFIGS[name], params, 256)
+
+
 @pytest.mark.parametrize("kernels", ["tpu", "gpu"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_answers_are_those_of_plain_attention(name: str, kernels) -> None:
     """Prompts read whole and in pieces, and tokens decoded after them."""
-    config = CONFIGS[name]
-    params = unstack(init(config, jax.random.key(0)))
-    tokens, logprobs = answer(config, params, 256)
+    config, (params, tokens, logprobs) = CONFIGS[name], expected(name)
     with Backend(kernels, interpret=True).entered():
         whole, pieces = answer(config, params, 256, steps=0), answer(config, params, 64)
     np.testing.assert_array_equal(pieces[0], tokens)
