@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,12 @@ class Recorder:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, values: dict[str, float]) -> None:
+        """Writes values of a step; what is not finite, which JSON has no word for, as null."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         try:
-            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.write(json.dumps({"step": step} | dict.fromkeys(values) | finite) + "\n")
             self._file.flush()
-            for name, value in values.items():
+            for name, value in finite.items():
                 self._events.add_scalar(name, value, step)
         except OSError as error:
             self._say(f"metrics cannot be written to {self.path.parent} any more ({error.strerror}); training goes on.")

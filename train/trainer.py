@@ -141,6 +141,7 @@ def train(config: TrainConfig) -> int:
             "moments": config.optimizer.moments,
             "frozen": list(config.optimizer.frozen),
             "objective": type(objective).__name__,
+            "frozen weights": config.model if jax.tree.leaves(frozen_shapes) else None,
         }
         restored = checkpoints.restore(shapes, run)
         frozen = frozen_shapes

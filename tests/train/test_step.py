@@ -18,7 +18,7 @@ from train.loop import signals
 from train.objectives.pretrain import Pretrain
 from train.optimizer import OptimizerConfig
 from train.state import abstract_state
-from train.step import StepConfig, abstract_arguments, jit_train_step, make_eval_step, make_train_step
+from train.step import Signals, StepConfig, abstract_arguments, jit_train_step, make_eval_step, make_train_step
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
 EXACT = StepConfig(compute_dtype="float32", remat="none")
@@ -242,3 +242,29 @@ def test_a_new_state_is_what_abstract_state_says():
     shapes = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
     concrete = start(parameters(CONFIG), OPTIMIZER)
     assert shapes(concrete) == shapes(abstract_state(CONFIG, Pretrain(), OPTIMIZER))
+
+
+def test_bad_steps_are_skipped_while_the_policy_allows_and_then_hold():
+    """Out of three, with two allowed: not finite, a spike, and one more; then nothing moves any more."""
+    step = dataclasses.replace(EXACT, skip_nonfinite=2, spike=3.0)
+    update = jax.jit(make_train_step(CONFIG, Pretrain(), OPTIMIZER, step, 100))
+    state, frozen = start(parameters(CONFIG), OPTIMIZER)
+    good, empty = packed_batch(2, 32), jax.tree.map(np.zeros_like, packed_batch(2, 32))
+    bad = good.replace(loss_mask=good.loss_mask * np.float32(np.nan))
+    before = state
+    state, metrics = update(state, frozen, bad)
+    assert (metrics["made"], metrics["good"], state.step, state.guard.skipped) == (1, 0, 1, 1)
+    for a, b in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(before.trainable), strict=True):
+        np.testing.assert_array_equal(a, b)
+    state = state.replace(step=jnp.int32(51), guard=state.guard.replace(grad_norm=jnp.float32(1e-3)))
+    state, metrics = update(state, frozen, good)  # far above the mean
+    assert (metrics["made"], metrics["good"], state.step, state.guard.skipped) == (1, 0, 52, 2)
+    state, metrics = update(state, frozen, good)
+    assert (metrics["made"], metrics["good"], state.step, state.guard.skipped) == (0, 0, 52, 2)
+    state = state.replace(guard=state.guard.replace(grad_norm=metrics["grad_norm"]))
+    none = jnp.zeros(1, jnp.int32)
+    for signals_, made in ((Signals(jnp.int32(51), none, none), 0), (Signals(jnp.int32(52), none + 1, none), 0)):
+        state, metrics = update(state, frozen, empty, signals_)  # out of turn; no batch
+        assert (metrics["made"], state.step, state.guard.skipped) == (made, 52, 2)
+    state, metrics = update(state, frozen, good, Signals(jnp.int32(52), none, none + 1))
+    assert (metrics["made"], metrics["stop"], state.step) == (1, 1, 53)
