@@ -40,7 +40,7 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTensor]
     """
     path = Path(path)
     metadata, tensors = _read_file(path)
-    count = whole("GGUF key 'split.count'", metadata.get("split.count", 0), least=0)
+    count = whole(f"{path}: GGUF key 'split.count'", metadata.get("split.count", 0), least=0)
     if count > 1:
         match = re.fullmatch(r"(.*)-00001-of-\d{5}", path.stem)
         if not match:
@@ -93,7 +93,7 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Store
         at += 4 + 8 * rank + 12
         headers.append((name, tuple(reversed(dims)), kind, offset))
 
-    alignment = whole("GGUF key 'general.alignment'", metadata.get("general.alignment", 32), most=1 << 20)
+    alignment = whole(f"{path}: GGUF key 'general.alignment'", metadata.get("general.alignment", 32), most=1 << 20)
     start = end = -(-at // alignment) * alignment
     tensors = {}
     for name, shape, kind, offset in sorted(headers, key=lambda header: header[-1]):

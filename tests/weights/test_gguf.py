@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,37 @@ def test_the_default_model_is_untied_and_loads(default_gguf):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == checkpoint.config.num_params()
     bias = np.asarray(params["layers"]["attention"]["k"]["bias"][0], np.float32)
     assert (bias.min().round(), bias.max().round()) == (-145, 135)  # as the reference measured them
+
+
+def _text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+LIES = {
+    "alignment 0": (_text(b"general.alignment") + struct.pack("<II", 4, 0), 1, b"", 0, "'general.alignment' is 0"),
+    "alignment a list": (
+        *(_text(b"general.alignment") + struct.pack("<IIQI", 9, 4, 1, 32), 1, b"", 0),
+        r"'general.alignment' is \[32\]",
+    ),
+    "parts as text": (_text(b"split.count") + struct.pack("<I", 8) + _text(b"x"), 1, b"", 0, "'split.count' is 'x'"),
+    "a key twice": (2 * (_text(b"a") + struct.pack("<II", 4, 0)), 2, b"", 0, "the key 'a' twice"),
+    "arrays of arrays": (_text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000, 1, b"", 0, "damaged"),
+    "a long array": (_text(b"a") + struct.pack("<IIQ", 9, 4, 2**63), 1, b"", 0, "damaged"),
+    "a long text": (struct.pack("<Q", 2**63) + b"x", 1, b"", 0, "damaged"),
+    "no axes": (b"", 0, _text(b"x") + struct.pack("<IIQ", 0, 12, 0) + bytes(400), 1, "not whole blocks"),
+    "many axes": (b"", 0, _text(b"x") + struct.pack("<I", 2**31) + bytes(400), 1, "damaged"),
+    "huge": (b"", 0, _text(b"x") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0) + bytes(400), 1, "truncated"),
+    "one over another": (
+        *(b"", 0, b"".join(_text(n) + struct.pack("<IQIQ", 1, 8, 0, 0) for n in (b"x", b"y")) + bytes(400), 2),
+        "lies over another",
+    ),
+}
+
+
+@pytest.mark.parametrize(("keys", "num_keys", "tensors", "num_tensors", "sentence"), LIES.values(), ids=LIES)
+def test_files_that_lie_are_refused(tmp_path, keys, num_keys, tensors, num_tensors, sentence):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_keys) + keys + tensors)
+    with pytest.raises(InputError, match=sentence) as error:
+        read_metadata(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
