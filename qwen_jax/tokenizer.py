@@ -5,7 +5,6 @@ All routes end in one Rust tokenizer (`tokenizers`), so the same text gives the 
 
 from __future__ import annotations
 
-import base64
 import codecs
 import functools
 import json
@@ -15,24 +14,29 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import trainers
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.declared import declare, read_json
 from qwen_jax.errors import InputError
 from qwen_jax.spoken import Spoken
+from qwen_jax.vocabulary import (
+    BYTE_TO_CHAR,
+    SPACE,
+    SentencePiece,
+    build,
+    build_sentencepiece,
+    merges_from_ranks,
+    read_ranks,
+    read_sentencepiece,
+    to_bytes,
+    to_chars,
+)
 
 Generation = Literal["qwen1", "qwen1.5", "qwen2", "qwen2.5", "qwen2.5-math", "qwq", "qwen3"]
 GENERATIONS: tuple[Generation, ...] = get_args(Generation)
 
-# What transformers gives to chat templates by name.
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-
-# Qwen1 to Qwen3; digits one at a time, and the leading space belongs to the word.
-_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 _BASE = [END_OF_TEXT, IM_START, IM_END]
 _VISION = """object_ref_start object_ref_end box_start box_end quad_start quad_end
@@ -57,32 +61,13 @@ _ADDED: dict[Generation, list[str]] = {
 _NOT_SPECIAL = frozenset(_ADDED["qwen3"][_QWEN25.index("<tool_call>") :])
 
 
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's byte -> printable character map: printable Latin-1 stands for itself, the rest is moved to U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    moved = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(moved)}
-
-
-_BYTE_TO_CHAR = _byte_alphabet()
-_CHAR_TO_BYTE = {ord(char): chr(byte) for byte, char in _BYTE_TO_CHAR.items()}
-
-
-def _to_chars(token: bytes) -> str:
-    return token.decode("latin-1").translate(_BYTE_TO_CHAR)
-
-
-def _to_bytes(chars: str) -> bytes:
-    return chars.translate(_CHAR_TO_BYTE).encode("latin-1")
-
-
 class Tokenizer:
     """Text <-> ids. `len(tokenizer)` ids exist; a model's logits beyond that are padding rows, never to be sampled.
 
     special_tokens: every added token (text -> id), `<tool_call>` and `<think>` included.
     special_ids:    the subset that decoding drops with `skip_special`: control tokens, not `<tool_call>`.
-    eos_ids:        what ends a text: the end-of-sequence token the checkpoint declares, then `<|endoftext|>`.
-    chat_template:  the checkpoint's own jinja template, or None.
+    eos_ids:        what ends a text: the end-of-sequence tokens the checkpoint declares, then `<|endoftext|>`.
+    chat_template:  the checkpoint's own jinja template, several by name, or None.
     named_tokens:   what the checkpoint calls its tokens ("eos_token" -> text), for chat templates.
     """
 
@@ -92,7 +77,7 @@ class Tokenizer:
         *,
         eos_ids: Iterable[int] = (),
         pad_id: int | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         named_tokens: Mapping[str, str] | None = None,
     ) -> None:
         backend.no_padding()
@@ -109,15 +94,24 @@ class Tokenizer:
         self._added_ids = frozenset(added)
         self._longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._added_pattern = re.compile("|".join(map(re.escape, self._longest_first)))
-        if END_OF_TEXT not in self.special_tokens:
-            raise InputError(f"this is not a Qwen tokenizer: it has no {END_OF_TEXT} token; use the checkpoint's own.")
-        self.vocab_size: int = max(backend.get_vocab_size(with_added_tokens=False), 1 + max(added))
-        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, self.special_tokens[END_OF_TEXT]]))
-        self.pad_id: int = self.special_tokens[END_OF_TEXT] if pad_id is None else pad_id
+        ends = [*eos_ids, *([self.special_tokens[END_OF_TEXT]] if END_OF_TEXT in self.special_tokens else [])]
+        if not ends:
+            raise InputError(
+                f"this is not a Qwen tokenizer: it has no {END_OF_TEXT} token and its files declare no eos_token; use "
+                "the checkpoint's own."
+            )
+        self.vocab_size: int = max(backend.get_vocab_size(with_added_tokens=False), 1 + max(added, default=-1))
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
+        self.pad_id: int = self.end_of_text_id if pad_id is None else pad_id
         self.chat_template = chat_template
         self.named_tokens = dict(named_tokens or {})
         for id in (*self.eos_ids, self.pad_id):
             self._check_id(id)
+
+    @property
+    def end_of_text_id(self) -> int:
+        """What stands between documents: `<|endoftext|>`, or the end that a fine-tune has instead."""
+        return self.special_tokens.get(END_OF_TEXT, self.eos_ids[0])
 
     # --- constructors -------------------------------------------------------------------------------------------------
 
@@ -130,9 +124,9 @@ class Tokenizer:
         added = _ADDED["qwen2.5"]
         if vocab_size < (least := 256 + len(added)):
             raise InputError(f"a vocabulary of {vocab_size} has no room for the bytes; it needs at least {least} ids.")
-        backend = _build({}, [], [])
+        backend = build({}, [], [])
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - len(added), initial_alphabet=list(_BYTE_TO_CHAR.values()), show_progress=False
+            vocab_size=vocab_size - len(added), initial_alphabet=list(BYTE_TO_CHAR.values()), show_progress=False
         )
         backend.train_from_iterator(texts, trainer)
         backend.add_tokens(
@@ -153,11 +147,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises plain Exception
             raise InputError(f"{path} is not a tokenizer.json ({error}); download it again.") from None
-        if type(backend.model).__name__ != "BPE" or type(backend.decoder).__name__ != "ByteLevel":
-            raise InputError(
-                f"{path} is not a byte-level BPE, which every Qwen tokenizer is; use the checkpoint's own."
-            )
-        return cls(backend, **_declared(path.parent, backend))
+        if type(backend.model).__name__ != "BPE" or backend.decoder is None:
+            raise InputError(f"{path} is not a BPE, which every Qwen tokenizer is; use the checkpoint's own.")
+        return cls(backend, **declare(path.parent, backend))
 
     @classmethod
     def from_tiktoken(cls, path: str | Path, generation: Generation) -> Tokenizer:
@@ -168,11 +160,11 @@ class Tokenizer:
         if generation not in GENERATIONS:
             raise InputError(f"unknown generation {generation!r}; known: {', '.join(GENERATIONS)}.")
         path = Path(path)
-        ranks = _read_ranks(path)
-        vocab = {_to_chars(token): rank for token, rank in ranks.items()}
-        merges = [f"{_to_chars(a)} {_to_chars(b)}" for a, b in merges_from_ranks(ranks)]
-        backend = _build(vocab, merges, [(text, text not in _NOT_SPECIAL) for text in _ADDED[generation]])
-        return cls(backend, **_declared(path.parent, backend))
+        ranks = read_ranks(path)
+        vocab = {to_chars(token): rank for token, rank in ranks.items()}
+        merges = [f"{to_chars(a)} {to_chars(b)}" for a, b in merges_from_ranks(ranks)]
+        backend = build(vocab, merges, [(text, text not in _NOT_SPECIAL) for text in _ADDED[generation]])
+        return cls(backend, **declare(path.parent, backend))
 
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -181,7 +173,9 @@ class Tokenizer:
         Raises InputError when the vocabulary is missing or of another family.
         """
         kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "qwen2")
-        if kind != "gpt2" or pre != "qwen2":
+        if kind == "llama":
+            return cls._from_gguf_pieces(metadata)
+        if kind != "gpt2" or pre not in ("qwen2", "deepseek-r1-qwen"):  # which cut text alike
             raise InputError(
                 f"the GGUF holds a {kind!r}/{pre!r} tokenizer, not Qwen's 'gpt2'/'qwen2'; use a Qwen GGUF."
             )
@@ -189,28 +183,27 @@ class Tokenizer:
         if missing := [key for key in keys if key not in metadata]:
             raise InputError(f"the GGUF lacks {', '.join(missing)}; use a file that embeds its vocabulary.")
         tokens, types, merges = (list(metadata[key]) for key in keys)
-        # Normal tokens, added ones (3 control, 4 user-defined), padding rows (5 unused). Early converters wrote
-        # the padding rows as user-defined tokens named after their ids.
-        group = {1: 0, 3: 1, 4: 1, 5: 2}
-        groups = [
-            2 if token == f"[PAD{id}]" else group.get(kind, 3)
-            for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        ]
-        if groups != sorted(groups) or 3 in groups:
-            raise InputError(
-                "the GGUF's token types are not in Qwen's order (ranks, added tokens, padding); use a Qwen GGUF."
-            )
-        end, added_end = groups.count(0), len(groups) - groups.count(2)
+        # Ranks (1), then added tokens (3 control, 4 user-defined) among padding rows (5 unused), which early converters
+        # wrote as user-defined tokens named after their ids. Padding before a fine-tune's own tokens keeps its ids.
+        end = next((id for id, kind in enumerate(types) if kind != 1), len(types))
+        if not set(types[end:]) <= {3, 4, 5}:
+            raise InputError("the GGUF's token types are not in Qwen's order (ranks, then others); use a Qwen GGUF.")
+        used = [id for id in range(end, len(types)) if types[id] != 5 and tokens[id] != f"[PAD{id}]"]
         vocab = {token: id for id, token in enumerate(tokens[:end])}
-        added = [(tokens[id], types[id] == 3) for id in range(end, added_end)]
-        backend = _build(vocab, merges, added)
-        eos, pad = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "padding"))
-        return cls(
-            backend,
-            eos_ids=[] if eos is None else [int(eos)],
-            pad_id=None if pad is None else int(pad),
-            chat_template=metadata.get("tokenizer.chat_template"),
-        )
+        added = [(tokens[id], types[id] != 4 or id not in used) for id in range(end, max(used, default=-1) + 1)]
+        backend = build(vocab, merges, added)
+        return cls(backend, **_declared_by_gguf(metadata))
+
+    @classmethod
+    def _from_gguf_pieces(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """From a GGUF's SentencePiece vocabulary, CodeQwen1.5's."""
+        keys = [f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type")]
+        if missing := [key for key in keys if key not in metadata]:
+            raise InputError(f"the GGUF lacks {', '.join(missing)}; use a file that embeds its vocabulary.")
+        columns = zip(*(metadata[key] for key in keys), strict=True)
+        pieces = [SentencePiece(text, float(score), int(kind)) for text, score, kind in columns]
+        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        return cls(build_sentencepiece(pieces, add_prefix=prefix), **_declared_by_gguf(metadata))
 
     # --- text -> ids --------------------------------------------------------------------------------------------------
 
@@ -295,8 +288,22 @@ class Tokenizer:
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
         added = {id: text.encode() for text, id in self.special_tokens.items()}
-        tokens = (self._backend.id_to_token(id) for id in range(self.vocab_size))
-        return [added[id] if id in added else _to_bytes(token or "") for id, token in enumerate(tokens)]
+        tokens = (self._backend.id_to_token(id) or "" for id in range(self.vocab_size))
+        to = to_bytes if self._is_byte_level else _piece_bytes
+        return [added[id] if id in added else to(token) for id, token in enumerate(tokens)]
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return type(self._backend.decoder).__name__ == "ByteLevel"
+
+    @functools.cached_property
+    def drops_first_space(self) -> bool:
+        """Whether the space that encoding puts in front of a text (SentencePiece's) is taken away again."""
+        rules = json.loads(self._backend.decoder.__getstate__())  # type: ignore[union-attr]
+        steps = rules.get("decoders", [rules])
+        return any(step["type"] == "Strip" and step.get("start") for step in steps) or any(
+            step["type"] == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps
+        )
 
     def _check_id(self, id: int) -> None:
         if not 0 <= id < self.vocab_size:
@@ -317,6 +324,8 @@ class Tokenizer:
         self._backend.save(str(folder / "tokenizer.json"))
         self._backend.model.save(str(folder))
         flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
+        ends = {"eos_token": self.eos_ids[0], "pad_token": self.pad_id}
+        names = self.named_tokens | {name: self._backend.id_to_token(id) for name, id in ends.items()}
         added = sorted(self._backend.get_added_tokens_decoder().items())
         config = {
             "add_bos_token": False,
@@ -328,20 +337,28 @@ class Tokenizer:
             "additional_special_tokens": [
                 token.content for _, token in added if token.special and token.content != END_OF_TEXT
             ],
-            "bos_token": None,
+            "bos_token": names.get("bos_token"),
             "clean_up_tokenization_spaces": False,
-            "eos_token": self._backend.id_to_token(self.eos_ids[0]),
+            "eos_token": names["eos_token"],
             "errors": "replace",
-            "pad_token": self._backend.id_to_token(self.pad_id),
-            "split_special_tokens": False,
-            "tokenizer_class": "Qwen2Tokenizer",
-            "unk_token": None,
+            "pad_token": names["pad_token"],
+            "split_special_tokens": self._backend.encode_special_tokens,
+            "tokenizer_class": "Qwen2Tokenizer" if self._is_byte_level else "PreTrainedTokenizerFast",
+            "unk_token": names.get("unk_token"),
         }
-        if self.chat_template is not None:
+        if isinstance(self.chat_template, str):
             config["chat_template"] = self.chat_template
+        elif self.chat_template is not None:
+            config["chat_template"] = [{"name": n, "template": t} for n, t in self.chat_template.items()]
         (folder / "tokenizer_config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """The bytes of a SentencePiece: those of its text, or the one that `<0x0A>` names."""
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
 
 
 class StreamDecoder:
@@ -351,10 +368,15 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._drops_space = tokenizer.drops_first_space
 
     def add(self, id: int) -> str:
         """The text that `id` completes: empty while a character is unfinished."""
-        return "" if id in self._skipped else self._utf8.decode(self._tokenizer.token_bytes(id))
+        text = "" if id in self._skipped else self._utf8.decode(self._tokenizer.token_bytes(id))
+        if text and self._drops_space:
+            self._drops_space = False
+            return text.removeprefix(" ")
+        return text
 
     def flush(self) -> str:
         """What is still held back, as U+FFFD; the decoder then starts afresh."""
@@ -363,8 +385,24 @@ class StreamDecoder:
         return text
 
 
+def _declared_by_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of Tokenizer."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    ids = {name: int(id) for name, id in ids.items() if id is not None}
+    return {
+        "eos_ids": [ids["eos_token"]] if "eos_token" in ids else [],
+        "pad_id": ids.get("pad_token"),
+        "chat_template": metadata.get("tokenizer.chat_template"),
+        "named_tokens": {name: tokens[id] for name, id in ids.items() if 0 <= id < len(tokens)},
+    }
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Tokenizer of a model folder (tokenizer.json, else qwen.tiktoken, else vocab.json + merges.txt) or a .gguf file.
+    """Tokenizer of a model folder or a .gguf file.
+
+    A folder's is its tokenizer.json, else qwen.tiktoken, else vocab.json and merges.txt, else tokenizer.model.
 
     Raises InputError when there is none or it is not Qwen's.
     """
@@ -379,7 +417,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer.from_json(path / "tokenizer.json")
     if (path / "qwen.tiktoken").exists():
         # Only Qwen1 ships this file, and the file itself does not say which added tokens follow its ranks
-        model_type = _read_json(path / "config.json").get("model_type", "qwen")
+        model_type = read_json(path / "config.json").get("model_type", "qwen")
         if model_type != "qwen":
             raise InputError(
                 f"{path} has qwen.tiktoken, which is Qwen1's, but its config.json says model_type {model_type!r}; "
@@ -388,7 +426,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer.from_tiktoken(path / "qwen.tiktoken", "qwen1")
     if (path / "vocab.json").exists() and (path / "merges.txt").exists():
         return _from_vocab_and_merges(path)
-    raise InputError(f"{path} has no tokenizer (tokenizer.json, qwen.tiktoken, or vocab.json and merges.txt); add one.")
+    if (path / "tokenizer.model").exists():
+        backend = read_sentencepiece(path / "tokenizer.model")
+        return Tokenizer(backend, **declare(path, backend))
+    raise InputError(
+        f"{path} has no tokenizer (tokenizer.json, qwen.tiktoken, vocab.json and merges.txt, or tokenizer.model); "
+        "add one."
+    )
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -400,127 +444,14 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
         )
 
 
-def merges_from_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge list, in rank order, of a BPE given as ranks (bytes -> rank).
-
-    BPE with only the ranks below a token's own must leave that token in two parts: these are its merge.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        splits = [
-            (token[:i], token[i:])
-            for i in range(1, len(token))
-            if ranks.get(token[:i], rank) < rank and ranks.get(token[i:], rank) < rank
-        ]
-        if len(splits) != 1:  # the two parts are tokens of lower rank, so a single candidate needs no search
-            splits = [tuple(_bpe(token, ranks, below=rank))]
-        if len(splits[0]) != 2:
-            raise InputError(f"the ranks are not a BPE: token {rank} ({token!r}) is no merge of two earlier tokens.")
-        merges.append(splits[0])
-    return merges
-
-
-def _bpe(token: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[bytes]:
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        rank, i = min((ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1))
-        if rank >= below:
-            break
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give the path of a qwen.tiktoken file.") from None
-    try:
-        pairs = [line.split() for line in lines if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except ValueError:
-        raise InputError(
-            f"{path} is not a tiktoken file (a base64 token and its rank per line); download it again."
-        ) from None
-    if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise InputError(f"{path} is incomplete: its ranks must be 0, 1, 2, ... with all 256 bytes; download it again.")
-    return ranks
-
-
-def _build(vocab: dict[str, int], merges: Sequence[str], added: Iterable[tuple[str, bool]]) -> tokenizers.Tokenizer:
-    """The Rust tokenizer. `merges` are "left right"; `added` are (text, special), their ids follow the vocabulary."""
-    try:
-        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-        backend = tokenizers.Tokenizer(models.BPE(vocab, pairs))
-    except Exception as error:  # the Rust side raises plain Exception
-        raise InputError(
-            f"vocabulary and merges do not belong together ({error}); use one checkpoint's files."
-        ) from None
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_tokens([tokenizers.AddedToken(text, normalized=False, special=special) for text, special in added])
-    return backend
-
-
 def _from_vocab_and_merges(folder: Path) -> Tokenizer:
-    vocab = _read_json(folder / "vocab.json")
+    vocab = read_json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
-    declared = _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    by_id = sorted((int(id), token["content"], token["special"]) for id, token in declared.items())
-    by_id = by_id or [(len(vocab) + i, text, True) for i, text in enumerate(_BASE)]
-    if [id for id, *_ in by_id] != list(range(len(vocab), len(vocab) + len(by_id))):
-        raise InputError(
-            f"{folder}: the ids of added_tokens_decoder do not follow vocab.json's; add the tokenizer.json."
-        )
-    backend = _build(vocab, merges, [(text, special) for _, text, special in by_id])
-    return Tokenizer(backend, **_declared(folder, backend))
-
-
-def _declared(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    """What the files of a model folder say about ends, padding and chat: keyword arguments of Tokenizer."""
-    config = _read_json(folder / "tokenizer_config.json")
-    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
-    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    tokens = {}
-    for name in ("eos_token", "pad_token"):
-        token = config.get(name)
-        text = token["content"] if isinstance(token, dict) else token
-        tokens[name] = None if text is None else backend.token_to_id(text)
-        if text is not None and tokens[name] is None:
-            raise InputError(f"{folder}: tokenizer_config.json names the {name} {text!r}, which the vocabulary lacks.")
-    if tokens["eos_token"] is not None:
-        eos_ids = [tokens["eos_token"], *eos_ids]
-    template = config.get("chat_template")
-    if (folder / "chat_template.jinja").exists():  # where newer transformers puts it
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    named = {
-        name: token["content"] if isinstance(token, dict) else token
-        for name in NAMED_TOKENS
-        if (token := config.get(name)) is not None
-    }
-    return {"eos_ids": eos_ids, "pad_id": tokens["pad_token"], "chat_template": template, "named_tokens": named}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file, empty when there is no file."""
-    try:
-        mapping = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); download it again.") from None
-    if not isinstance(mapping, dict):
-        raise InputError(f"{path} must hold one JSON object; download it again.")
-    return mapping
+    config = read_json(folder / "tokenizer_config.json")
+    says_all = "added_tokens_decoder" in config or (folder / "added_tokens.json").exists()
+    backend = build(vocab, merges, [] if says_all else [(text, True) for text in _BASE])
+    return Tokenizer(backend, **declare(folder, backend))
 
 
 def _check_text(text: str) -> None:

@@ -30,7 +30,8 @@ BLOCK_BYTES = 32 << 20  # how much is read, decoded or written at a time
 # what besides weights makes a model folder usable; code files only matter to Qwen1's remote code
 _ASSETS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "qwen.tiktoken", "chat_template.jinja", "chat_template.json", "*.py",
+    "vocab.json", "merges.txt", "qwen.tiktoken", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja", "*.py",
 )  # fmt: skip
 # keys of config.json that ModelConfig does not hold, because they do not change the network
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "auto_map", "tokenizer_class")
@@ -156,7 +157,9 @@ def copy_assets(source: Path, folder: Path) -> None:
         for file in source.glob(pattern):
             with reading(file):
                 content = file.read_bytes()
-            (folder / file.name).write_bytes(content)
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(content)
 
 
 def read_hf_extra(folder: Path) -> dict[str, Any]:

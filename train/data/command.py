@@ -266,7 +266,7 @@ def packing_row(config: DataConfig, count: int, tokenizer: Tokenizer) -> tuple[P
     filled = [int((batch["segment_ids"] > 0).sum()) for batch in batches]
     rows = sum(len(batch["tokens"]) for batch in batches)
     segments = sum(int(batch["segment_ids"].max(axis=1).sum()) for batch in batches)
-    end_id = tokenizer.special_tokens["<|endoftext|>"]
+    end_id = tokenizer.end_of_text_id
     ended = sum(int(((batch["tokens"] == end_id) & (batch["segment_ids"] > 0)).sum()) for batch in batches)
     row = PackingRow(
         packing=config.packing,

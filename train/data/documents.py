@@ -47,7 +47,7 @@ class Tokenise(grain.transforms.RandomMap):
         if isinstance(element, BadRecord):
             return {"tokens": np.zeros(0, np.int32), "bad": np.ones((), bool)}
         head, text = ([], element) if isinstance(element, str) else self._repository(element)
-        end = [self._tokenizer.special_tokens[END_OF_TEXT]]
+        end = [self._tokenizer.end_of_text_id]
         ids = None
         if self._fim_rate and rng.random() < self._fim_rate:
             ids = self._fill_in_the_middle(text, rng)
