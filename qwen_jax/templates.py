@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import jinja2
@@ -127,9 +128,10 @@ def _end() -> None:
 def _start() -> subprocess.Popen[bytes]:
     # the template's process needs no secrets of this one's environment, but must find the same modules
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TZ") if name in os.environ}
+    paths = [str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)]
     return subprocess.Popen(
         [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
-        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -142,7 +144,8 @@ def _start() -> subprocess.Popen[bytes]:
 
 def serve() -> None:
     """Answers requests from standard input until it ends, a line each; one that takes too long kills the process."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with contextlib.suppress(ValueError, OSError):  # where there is no such limit, as on macOS, time bounds memory
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     source: BinaryIO = sys.stdin.buffer

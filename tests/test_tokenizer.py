@@ -302,10 +302,11 @@ def small():
 
 def test_tokens_that_a_fine_tune_added_after_the_padding_keep_their_ids():
     metadata = small_metadata(tokenizer__ggml__token_type=[1] * 257 + [3, 3, 4, 4])
+    metadata["tokenizer.ggml.tokens"][260] = "<new>"
     late = Tokenizer.from_gguf_metadata(metadata)
-    assert (len(late), late.special_tokens["x"]) == (261, 260)
-    assert late.encode("x<|im_end|>") == [260, 258]
-    assert late.decode([260], skip_special=True) == "x"
+    assert (len(late), late.special_tokens["<new>"]) == (261, 260)
+    assert late.encode("x<new><|im_end|>") == [87, 260, 258]
+    assert late.decode([259, 260], skip_special=True) == "<new>"
 
 
 def test_padding_rows_are_no_tokens(small):
