@@ -113,8 +113,9 @@ def _text() -> str:
 
 
 def _ours(folder: str, dtype: str, repetitions: int) -> dict[str, float]:
-    from infer.qwen import Timing, load
+    from infer.qwen import load
     from infer.sampling import Sampling
+    from infer.stream import Timing
 
     qwen = load(folder, dtype=dtype, progress=False)
     prompt = _prompt(qwen.tokenizer.encode(_text()))

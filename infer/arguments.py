@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from infer.qwen import Qwen, Timing
+    from infer.qwen import Qwen
     from infer.sampling import Sampling
+    from infer.stream import Timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,8 @@ class ModelArguments:
 class SamplingArguments:
     """How tokens are chosen. What is not given comes from the checkpoint's generation_config.json."""
 
-    max_tokens: int = 512
-    """Tokens an answer may have."""
+    max_tokens: int | None = None
+    """Tokens an answer may have; 512 where the checkpoint does not say."""
     temperature: float | None = None
     """0 takes the likeliest token, without penalties unless given."""
     top_k: int | None = None
@@ -83,7 +84,7 @@ def peak_memory_gib() -> float:
 def closing_line(timing: Timing) -> str:
     """Tokens, rates, time to first token and memory of one generation, for people."""
     return (
-        f"{timing.prompt_tokens} prompt + {timing.decoded_tokens + 1} answer tokens | "
+        f"{timing.prompt_tokens} prompt + {timing.answer_tokens} answer tokens | "
         f"prefill {timing.prefill_rate:.1f} tok/s | decode {timing.decode_rate:.1f} tok/s | "
         f"first token {timing.prefill_seconds:.2f} s | peak memory {peak_memory_gib():.2f} GiB"
     )

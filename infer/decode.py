@@ -38,7 +38,7 @@ class DecodeState(flax.struct.PyTreeNode):
     steps: jax.Array  # [B] int32, tokens each row has produced
     limits: jax.Array  # [B] int32, tokens each row may produce
     done: jax.Array  # [B] bool
-    rows: SamplingRows | None  # None: every row is plain greedy
+    rows: SamplingRows | None  # None: every row takes the likeliest token
 
 
 class Produced(flax.struct.PyTreeNode):
@@ -64,9 +64,23 @@ def _choose(
     logits = unembed(config, params, hidden)  # [B, V]
     # rows of the table beyond the tokenizer are padding: they have logits but no text
     logits = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab_size, logits, -jnp.inf)
-    token = jnp.argmax(logits, -1).astype(jnp.int32) if state.rows is None else sample(logits, state.rows, state.steps)
+    rows = state.rows
     logprobs = jax.nn.log_softmax(logits)
-    top_logprobs, top_tokens = lax.top_k(logprobs, num_top) if num_top else (logprobs[:, :0], logprobs[:, :0])
+
+    def likeliest() -> jax.Array:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+
+    def top() -> tuple[jax.Array, jax.Array]:
+        values, tokens = lax.top_k(logprobs, min(num_top, vocab_size))
+        return values, tokens.astype(jnp.int32)
+
+    # decided while running, so that one program serves greedy and sampled rows, with and without reports
+    if rows is None:
+        token, (top_logprobs, top_tokens) = likeliest(), top()
+    else:
+        token = lax.cond(jnp.all(rows.plain), likeliest, lambda: sample(logits, rows, state.steps, stop_ids))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(top))
+        top_logprobs, top_tokens = lax.cond(jnp.any(rows.report), top, lambda: nothing)
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     steps = state.steps + 1
     stopped = jnp.any(token[:, None] == stop_ids[None], axis=-1) | (steps >= state.limits)
@@ -76,7 +90,7 @@ def _choose(
         done=state.done | stopped,
         rows=None if state.rows is None else state.rows.record(token),
     )
-    return state, (token, chosen, top_tokens.astype(jnp.int32), top_logprobs)
+    return state, (token, chosen, top_tokens, top_logprobs)
 
 
 _STATIC = ("config", "vocab_size", "num_top")
@@ -202,8 +216,8 @@ def decode(
     buffers = Produced(
         tokens=jnp.zeros((batch, MAX_STEPS), jnp.int32),
         logprobs=jnp.zeros((batch, MAX_STEPS)),
-        top_tokens=jnp.zeros((batch, MAX_STEPS, num_top), jnp.int32),
-        top_logprobs=jnp.zeros((batch, MAX_STEPS, num_top)),
+        top_tokens=jnp.zeros((batch, MAX_STEPS, min(num_top, vocab_size)), jnp.int32),
+        top_logprobs=jnp.zeros((batch, MAX_STEPS, min(num_top, vocab_size))),
     )
 
     def unfinished(carry: tuple[jax.Array, DecodeState, Produced]) -> jax.Array:

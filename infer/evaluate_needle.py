@@ -74,7 +74,8 @@ class Haystack:
             return [], encode("\n" + COMPLETION.format(name=name))
         mark = "\N{OBJECT REPLACEMENT CHARACTER}"
         message = {"role": "user", "content": f"{mark}\n\n{QUESTION.format(name=name)}"}
-        before, after = chat.render([message], template=qwen.chat_template).split(mark)
+        own = {"template": qwen.chat_template, "special_tokens": qwen.tokenizer.named_tokens}
+        before, after = chat.render([message], **own).split(mark)
         return encode(before), encode(after)
 
 

@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
         settings.sampling(qwen),
         max_tokens=settings.max_tokens,
         stop=settings.stop,
+        stop_ids=qwen.turns.stop_ids if as_chat else (),
         top_logprobs=options.logprobs or 0,
     )
     streaming = len(prompts) == 1 and not options.json

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
+import numbers
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from infer.decode import MAX_STEPS, DecodeState, Produced, bucket, decode, half_bucket, pad_prompts, prefill, widen
+from infer.decode import MAX_STEPS
+from infer.generation_config import GenerationConfig
 from infer.prepare import prepare
-from infer.sampling import Sampling, SamplingRows
+from infer.sampling import Sampling
+from infer.stream import TOP, Answer, Stream
 from qwen_jax import chat
 from qwen_jax.backend import Backend
 from qwen_jax.config import ModelConfig
@@ -31,37 +34,11 @@ from qwen_jax.weights.open import open_checkpoint
 
 # Tokens between two looks at what the device has produced, while somebody reads along.
 STREAM_STEPS = 4
+# Tokens of an answer where neither the caller nor the checkpoint says it.
+MAX_TOKENS = 512
 
-
-@dataclasses.dataclass
-class Answer:
-    """One prompt's answer, growing while it is generated. `tokens` may end with a stop id, `text` does not."""
-
-    prompt_tokens: int
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    text: str = ""
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    """Of each token under the model's own distribution, before penalties, temperature and truncation."""
-    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-@dataclasses.dataclass
-class Timing:
-    """Seconds of wall time. Prefill ends with the first token, so its seconds are the time to first token."""
-
-    prompt_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decoded_tokens: int = 0
-    decode_seconds: float = 0.0
-
-    @property
-    def prefill_rate(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+# A text, token ids, or a list of these.
+Prompts = str | np.ndarray | jax.Array | Sequence[Any]
 
 
 class Qwen:
@@ -85,7 +62,8 @@ class Qwen:
         self.config = config
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self.generation_config = dict(generation_config or {})
+        self.generation_config = generation_config or {}
+        GenerationConfig.parse(self.generation_config)  # which refuses what cannot be obeyed
         self.backend = Backend.of(params)
         with self.entered():
             self.params = prepare(params, self.backend, donate=donate)
@@ -100,15 +78,17 @@ class Qwen:
 
     # --- defaults of the checkpoint -----------------------------------------------------------------------------------
 
+    @property
+    def defaults(self) -> GenerationConfig:
+        """What the checkpoint's generation_config.json says."""
+        return GenerationConfig.parse(self.generation_config)
+
     @functools.cached_property
     def turns(self) -> chat.Turns:
         """Whether the checkpoint chats, and the ids that end an assistant's turn."""
+        declared = self.defaults
         return chat.turns(
-            self.tokenizer,
-            self._generation,
-            self.chat_template,
-            self._declared_eos_ids,
-            self.generation_config.get("chat_format"),
+            self.tokenizer, self._generation, self.chat_template, declared.eos_token_ids, declared.chat_format
         )
 
     @property
@@ -116,29 +96,27 @@ class Qwen:
         return self.turns.is_chat
 
     @property
-    def _declared_eos_ids(self) -> tuple[int, ...]:
-        declared = self.generation_config.get("eos_token_id", ())
-        return (declared,) if isinstance(declared, int) else tuple(declared)
-
-    @property
     def _eos_ids(self) -> tuple[int, ...]:
         """What ends an answer: the end of a turn for a chat model, of a text for a base model."""
         if self.is_chat_model:
             return self.turns.stop_ids
-        return tuple(dict.fromkeys((*self._declared_eos_ids, *self.tokenizer.eos_ids)))
+        return tuple(dict.fromkeys((*self.defaults.eos_token_ids, *self.tokenizer.eos_ids)))
 
     def sampling(self, **changes: Any) -> Sampling:
         """The checkpoint's own generation settings with `changes`; temperature=0 is greedy and without penalties."""
-        declared = self.generation_config
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        settings = {name: declared[name] for name in names if declared.get(name) is not None}
-        if not declared.get("do_sample", False):
-            settings["temperature"] = 0.0
-        settings.setdefault("temperature", 1.0)
         changes = {name: value for name, value in changes.items() if value is not None}
         if changes.get("temperature") == 0:
-            settings.pop("repetition_penalty", None)
-        return Sampling(**(settings | changes))
+            changes = {"repetition_penalty": 1.0} | changes
+        return dataclasses.replace(self.defaults.sampling, **changes)
+
+    def _limit(self, prompt: Sequence[int], max_tokens: int | None) -> int:
+        """Tokens that the answer to a prompt may have."""
+        declared = self.defaults
+        if max_tokens is None:
+            max_tokens = declared.max_tokens
+        if max_tokens is None and declared.max_length is not None:
+            max_tokens = max(1, declared.max_length - len(prompt))
+        return min(MAX_TOKENS if max_tokens is None else max_tokens, self.config.context_length - len(prompt))
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
@@ -151,15 +129,32 @@ class Qwen:
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
-    def chat(self, messages: str | Sequence[Mapping[str, Any]], *, max_tokens: int = 512, **changes: Any) -> str:
-        """The assistant's answer to a conversation, or to one user message; `changes` are Sampling's fields."""
-        prompt = self.chat_prompt(messages)
-        stop_ids = self.turns.stop_ids  # a base model does not stop by itself where a turn ends
-        return self.generate([prompt], self.sampling(**changes), max_tokens=max_tokens, stop_ids=stop_ids)[0].text
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        **changes: Any,
+    ) -> str:
+        """The assistant's answer to a conversation, or to one user message.
 
-    def generate(
-        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None, **kwargs: Any
-    ) -> list[Answer]:
+        tools: OpenAI tool objects; `chat.parse_tool_calls` finds calls in the answer. enable_thinking: for templates
+        that know it; template_kwargs: their further variables. changes: fields of `Sampling`.
+        """
+        options = dict(template_kwargs or {})
+        if enable_thinking is not None:
+            options["enable_thinking"] = enable_thinking
+        prompt = self.chat_prompt(messages, tools=tools, **options)
+        stop_ids = self.turns.stop_ids  # a base model does not stop by itself where a turn ends
+        return self.generate([prompt], self.sampling(**changes), max_tokens=max_tokens, stop=stop, stop_ids=stop_ids)[
+            0
+        ].text
+
+    def generate(self, prompts: Prompts, sampling: Sampling | None = None, **kwargs: Any) -> list[Answer]:
         """Whole answers to prompts, decoded together; arguments as `stream`."""
         stream = self.stream(prompts, sampling, steps=MAX_STEPS, **kwargs)
         for _ in stream:
@@ -168,164 +163,92 @@ class Qwen:
 
     def stream(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Prompts,
         sampling: Sampling | Sequence[Sampling] | None = None,
         *,
-        max_tokens: int = 512,
-        stop: Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: int | Sequence[int] = (),
         top_logprobs: int = 0,
         steps: int = STREAM_STEPS,
     ) -> Stream:
-        """Starts answering prompts (raw text or token ids); iterate to get (row, text) pieces as they come.
+        """Starts answering prompts (raw text or token ids), or one; iterate to get (row, text) pieces as they come.
 
-        sampling: one for all or one each; default the checkpoint's own. stop: texts that end an answer and are not part
-        of it. stop_ids: token ids that end it, besides the checkpoint's own. top_logprobs: report the likeliest tokens
-        at each position. steps: tokens between two pieces, at most 32.
-        Raises InputError when a prompt is empty or does not fit the context.
+        sampling: one each or one for all, of which equal prompts get different seeds; default the checkpoint's own.
+        max_tokens: of an answer; default the checkpoint's own, else MAX_TOKENS. stop: a text or texts that end an
+        answer and are not part of it; stop_ids: token ids that end it; both besides the checkpoint's own. top_logprobs:
+        report so many of the likeliest tokens at each position, at most TOP. steps: tokens between two pieces, at most
+        MAX_STEPS.
+        Raises InputError when a prompt is empty or does not fit the context, and, while iterating, when the model's
+        logits are not finite.
         """
-        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        samplings = [sampling or self.sampling()] * len(ids) if not isinstance(sampling, Sequence) else list(sampling)
+        ids = self._prompt_ids(prompts)
+        if isinstance(sampling, Sequence):
+            samplings = list(sampling)
+        else:
+            samplings = _with_seeds(sampling or self.sampling(), ids)
         if not ids or len(samplings) != len(ids):
             raise InputError(
                 f"{len(ids)} prompts and {len(samplings)} samplings; give at least one prompt, a sampling each."
             )
         if not 1 <= steps <= MAX_STEPS:
             raise InputError(f"steps={steps} is not possible; it must be between 1 and {MAX_STEPS}.")
-        if max_tokens < 1:
+        if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens} leaves nothing to generate; it must be at least 1.")
-        if "" in stop:
+        if not 0 <= top_logprobs <= TOP:
+            raise InputError(f"top_logprobs={top_logprobs} is not possible; it must be between 0 and {TOP}.")
+        texts = [stop] if isinstance(stop, str) else list(stop or ())
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"stop={stop!r} is not possible; give a text or a list of texts.")
+        if "" in texts:
             raise InputError("a stop text is empty; it would end every answer at once, so leave it out.")
-        context = self.config.context_length
-        for prompt in ids:
-            if not prompt:
+        ends = [stop_ids] if isinstance(stop_ids, int) else list(stop_ids)
+        limits = [self._limit(prompt, max_tokens) for prompt in ids]
+        stops = [*texts, *self.defaults.stop], [*self._eos_ids, *ends]
+        return Stream(self, ids, samplings, limits, *stops, top_logprobs, steps)
+
+    def _prompt_ids(self, prompts: Prompts) -> list[list[int]]:
+        """Each prompt's token ids. Raises InputError for what is no prompt."""
+        if isinstance(prompts, str) or (len(prompts) and _are_ids(prompts)):  # an empty list is none
+            prompts = [prompts]  # type: ignore[list-item]
+        ids, context = [], self.config.context_length
+        for prompt in prompts:
+            if not isinstance(prompt, str) and not _are_ids(prompt):
+                raise InputError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}.")
+            found = self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt).tolist()
+            if not found:
                 raise InputError("a prompt is empty; give it at least one token.")
-            if len(prompt) >= context:
+            if len(found) >= context:
                 raise InputError(
-                    f"a prompt of {len(prompt)} tokens does not fit the context of {context}; shorten it, or "
+                    f"a prompt of {len(found)} tokens does not fit the context of {context}; shorten it, or "
                     "extend the context with rope_scaling in config.json."
                 )
-            if not 0 <= min(prompt) <= max(prompt) < len(self.tokenizer):
+            if not 0 <= min(found) <= max(found) < len(self.tokenizer):
                 raise InputError(
-                    f"a prompt has token ids from {min(prompt)} to {max(prompt)}; they must be at least 0 and below "
+                    f"a prompt has token ids from {min(found)} to {max(found)}; they must be at least 0 and below "
                     f"{len(self.tokenizer)}, the tokenizer's size."
                 )
-        all_stop_ids = (*self._eos_ids, *stop_ids)
-        return Stream(self, ids, samplings, max_tokens, tuple(stop), all_stop_ids, top_logprobs, steps)
+            ids.append(found)
+        return ids
 
 
-class Stream:
-    """A running generation. Iterating yields (row, new text); `answers` and `timing` fill meanwhile."""
+def _are_ids(prompt: Any) -> bool:
+    """Whether a value is one prompt of token ids."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray | jax.Array):
+        return False
+    if isinstance(prompt, Sequence):
+        return all(isinstance(id, numbers.Integral) and not isinstance(id, bool) for id in prompt)
+    return prompt.ndim == 1 and np.issubdtype(prompt.dtype, np.integer)
 
-    def __init__(
-        self,
-        qwen: Qwen,
-        prompts: list[list[int]],
-        samplings: list[Sampling],
-        max_tokens: int,
-        stop: tuple[str, ...],
-        stop_ids: tuple[int, ...],
-        num_top: int,
-        steps: int,
-    ) -> None:
-        self.answers = [Answer(len(prompt)) for prompt in prompts]
-        self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
-        self._qwen, self._prompts, self._samplings = qwen, prompts, samplings
-        self._stop, self._steps = stop, steps
-        self._limits = [min(max_tokens, qwen.config.context_length - len(prompt)) for prompt in prompts]
-        self._decoders = [qwen.tokenizer.stream(skip_special=True) for _ in prompts]
-        self._held = [""] * len(prompts)  # text that may yet turn out to be the beginning of a stop text
-        self._stop_ids = np.asarray(stop_ids, np.int32)
-        self._static = {"config": qwen.config, "vocab_size": len(qwen.tokenizer), "num_top": num_top}
 
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        began = time.perf_counter()
-        state, produced = self._prefill()
-        tokens = np.asarray(produced.tokens)
-        self.timing.prefill_seconds = time.perf_counter() - began
-        yield from self._take(produced, tokens.shape[1])
-        rows = max(state.tokens.shape[0], self._qwen.backend.min_decode_rows)
-        if rows != state.tokens.shape[0]:
-            with self._qwen.entered():
-                state = widen(state, rows)
-        while not all(answer.finish_reason for answer in self.answers):
-            before = sum(len(answer.tokens) for answer in self.answers)
-            began = time.perf_counter()
-            finished = np.array([bool(a.finish_reason) for a in self.answers] + [True] * (rows - len(self.answers)))
-            with self._qwen.entered():
-                state, produced, steps = decode(
-                    self._qwen.params,
-                    state.replace(done=jnp.asarray(finished)),
-                    np.int32(self._steps),
-                    self._stop_ids,
-                    **self._static,
-                )
-            count = int(steps)
-            self.timing.decode_seconds += time.perf_counter() - began
-            yield from self._take(produced, count)
-            self.timing.decoded_tokens += sum(len(answer.tokens) for answer in self.answers) - before
-
-    def _prefill(self) -> tuple[DecodeState, Produced]:
-        config, rows = self._qwen.config, bucket(len(self._prompts))
-        longest = max(map(len, self._prompts))
-        length = min(half_bucket(longest, 32), config.context_length)
-        needed = max(len(p) + limit for p, limit in zip(self._prompts, self._limits, strict=True))
-        tokens, lengths = pad_prompts(self._prompts, rows, length)
-        filler = rows - len(self._prompts)
-        sampling_rows = None
-        if not all(s.is_plain_greedy for s in self._samplings):
-            sampling_rows = SamplingRows.create(
-                self._samplings + [Sampling()] * filler, self._prompts + [[0]] * filler, config.vocab_size
-            )
-        with self._qwen.entered():
-            return prefill(
-                self._qwen.params,
-                tokens,
-                lengths,
-                np.array(self._limits + [0] * filler, np.int32),
-                sampling_rows,
-                self._stop_ids,
-                capacity=max(half_bucket(needed, 256), length),
-                **self._static,
-            )
-
-    def _take(self, produced: Produced, count: int) -> Iterator[tuple[int, str]]:
-        """Adds `count` columns of new tokens to the unfinished answers and yields what can be shown of them."""
-        fields = (produced.tokens, produced.logprobs, produced.top_tokens, produced.top_logprobs)
-        tokens, logprobs, top_tokens, top_logprobs = (np.asarray(x[:, :count]).tolist() for x in fields)
-        for row, answer in enumerate(self.answers):
-            for i in range(count):
-                if answer.finish_reason:
-                    break
-                answer.tokens.append(tokens[row][i])
-                answer.logprobs.append(logprobs[row][i])
-                if top_tokens[row][i]:
-                    answer.top_logprobs.append(list(zip(top_tokens[row][i], top_logprobs[row][i], strict=True)))
-                if piece := self._accept(row, answer):
-                    answer.text += piece
-                    yield row, piece
-
-    def _accept(self, row: int, answer: Answer) -> str:
-        """The text that the newest token settles, which may end the answer."""
-        token = answer.tokens[-1]
-        text = self._held[row]
-        if token in self._stop_ids:
-            answer.finish_reason = "stop"
-        else:
-            text += self._decoders[row].add(token)
-            if len(answer.tokens) >= self._limits[row]:
-                answer.finish_reason = "length"
-        if answer.finish_reason:
-            text += self._decoders[row].flush()
-        found = [at for mark in self._stop if (at := text.find(mark)) >= 0]
-        if found:
-            answer.finish_reason, self._held[row] = "stop", ""
-            return text[: min(found)]
-        keep = 0
-        if not answer.finish_reason:
-            keep = max((n for mark in self._stop for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
-        self._held[row] = text[len(text) - keep :]
-        return text[: len(text) - keep]
+def _with_seeds(sampling: Sampling, prompts: list[list[int]]) -> list[Sampling]:
+    """The sampling of each prompt: that given, with the next seed for every time the same prompt comes again."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    samplings = []
+    for prompt in map(tuple, prompts):
+        samplings.append(dataclasses.replace(sampling, seed=(sampling.seed + seen[prompt]) % 2**32))
+        seen[prompt] += 1
+    return samplings
 
 
 def load(
@@ -345,10 +268,11 @@ def load(
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
     checkpoint = open_checkpoint(model)
-    tokenizer, config = checkpoint.tokenizer(), checkpoint.config
+    tokenizer, config, generation_config = checkpoint.tokenizer(), checkpoint.config, checkpoint.generation_config()
+    GenerationConfig.parse(generation_config)  # before the weights are read for nothing
     on_mesh = shardings = None
     if mesh is not None:
         on_mesh = make_mesh(MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh, model=config)
         shardings = param_shardings(config, on_mesh)
     params = load_params(checkpoint, jnp.dtype(dtype), shardings, progress=progress)
-    return Qwen(config, params, tokenizer, checkpoint.generation_config(), on_mesh, donate=True)
+    return Qwen(config, params, tokenizer, generation_config, on_mesh, donate=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -16,6 +16,9 @@ from qwen_jax.errors import InputError
 # Enough sorted logits for nearly every nucleus; a row that needs more falls back to sorting the whole vocabulary.
 CANDIDATES = 1024
 NEGATIVE = jnp.finfo(jnp.float32).min
+# Below it logits divided by the temperature could overflow; nothing but the likeliest token has a chance by then.
+COLDEST = 1e-6
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +34,51 @@ class Sampling:
     presence_penalty: float = 0.0
     """Subtracted from the logit of every token already in the answer (the OpenAI definition)."""
     seed: int = 0
+    min_tokens: int = 0
+    """Tokens an answer has before a stop id may end it."""
+    min_length: int = 0
+    """The same for prompt and answer together."""
+    suppress_tokens: tuple[int, ...] = ()
+    """Ids that are never chosen."""
+    begin_suppress_tokens: tuple[int, ...] = ()
+    """Ids that are not chosen first."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of ids of which none is ever completed."""
+    no_repeat_ngram_size: int = 0
+    """No sequence of so many tokens appears twice in prompt and answer; 0 is off."""
 
     def __post_init__(self) -> None:
-        rules = {
-            "temperature": (0 <= self.temperature < math.inf, "at least 0 and finite"),
-            "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "positive and finite"),
-            "presence_penalty": (-2 <= self.presence_penalty <= 2, "in [-2, 2]"),
-            "seed": (0 <= self.seed < 2**32, "in [0, 2^32)"),
+        largest = float(jnp.finfo(jnp.float32).max)  # what the device computes with
+        ranges = {
+            "temperature": (0, largest, "at least 0 and finite"),
+            "top_p": (1e-30, 1, "in (0, 1]"),
+            "min_p": (0, 1, "in [0, 1]"),
+            "repetition_penalty": (1e-30, 1e30, "positive and finite"),
+            "presence_penalty": (-2, 2, "in [-2, 2]"),
+            "seed": (0, 2**32 - 1, "in [0, 2^32)"),
         }
-        for name, (good, expected) in rules.items():
-            if not good:
+        ranges |= {
+            name: (0, 2**31 - 1, "at least 0 (0 is off) and below 2^31")
+            for name in ("top_k", "min_tokens", "min_length", "no_repeat_ngram_size")
+        }
+        for name, (least, most, expected) in ranges.items():
+            if not least <= getattr(self, name) <= most:
                 raise InputError(f"{name}={getattr(self, name)} is not possible; it must be {expected}.")
 
     @property
-    def is_plain_greedy(self) -> bool:
-        return self.temperature == 0 and self.repetition_penalty == 1 and self.presence_penalty == 0
+    def needs_history(self) -> bool:
+        """Whether what is banned next depends on the tokens before."""
+        return self.no_repeat_ngram_size > 0 or any(len(word) > 1 for word in self.bad_words_ids)
+
+    def banned_after(self, tokens: Sequence[int]) -> set[int]:
+        """The ids that complete a bad word or repeat an n-gram after `tokens`, prompt and answer."""
+        tokens, size = tuple(tokens), self.no_repeat_ngram_size
+        banned = {word[-1] for word in self.bad_words_ids if tokens[len(tokens) - len(word) + 1 :] == word[:-1]}
+        if 0 < size <= len(tokens):
+            last = tokens[len(tokens) - size + 1 :]
+            starts = range(len(tokens) - size + 1)
+            banned |= {tokens[i + size - 1] for i in starts if tokens[i : i + size - 1] == last}
+        return banned
 
 
 class SamplingRows(flax.struct.PyTreeNode):
@@ -61,26 +91,50 @@ class SamplingRows(flax.struct.PyTreeNode):
     repetition_penalty: jax.Array
     presence_penalty: jax.Array
     seed: jax.Array  # [B] uint32
+    min_tokens: jax.Array  # [B] int32
+    plain: jax.Array  # [B] bool, the likeliest token of the model's own distribution is taken
+    report: jax.Array  # [B] bool, the likeliest tokens are reported
     in_prompt: jax.Array  # [B, V] bool
     in_answer: jax.Array  # [B, V] bool
+    banned: jax.Array  # [B, V] bool
+    banned_first: jax.Array  # [B, V] bool
 
     @classmethod
-    def create(cls, samplings: list[Sampling], prompts: list[list[int]], vocab_size: int) -> SamplingRows:
+    def create(
+        cls, samplings: list[Sampling], prompts: list[list[int]], vocab_size: int, *, report: bool = False
+    ) -> SamplingRows:
         """Rows for prompts of token ids; `vocab_size` is the number of logits V."""
-        in_prompt = np.zeros((len(prompts), vocab_size), bool)
-        for row, prompt in zip(in_prompt, prompts, strict=True):
-            row[prompt] = True
-        dtypes = {"top_k": np.int32, "seed": np.uint32}
-        columns = {
-            field.name: np.array([getattr(s, field.name) for s in samplings], dtypes.get(field.name, np.float32))
-            for field in dataclasses.fields(Sampling)
+        shape = (len(prompts), vocab_size)
+        columns: dict[str, np.ndarray] = {
+            name: np.zeros(shape, bool) for name in ("in_prompt", "in_answer", "banned", "banned_first")
         }
-        columns |= {"in_prompt": in_prompt, "in_answer": np.zeros_like(in_prompt)}
+        for row, (prompt, s) in enumerate(zip(prompts, samplings, strict=True)):
+            columns["in_prompt"][row, prompt] = True
+            columns["banned"][row] = banned_next(s, prompt, vocab_size)
+            columns["banned_first"][row, [id for id in s.begin_suppress_tokens if 0 <= id < vocab_size]] = True
+        dtypes = {"top_k": np.int32, "seed": np.uint32}
+        for name in (*_FLOATS, *dtypes):
+            columns[name] = np.array([getattr(s, name) for s in samplings], dtypes.get(name, np.float32))
+        columns["temperature"][columns["temperature"] < COLDEST] = 0
+        least = [max(s.min_tokens, s.min_length - len(p)) for s, p in zip(samplings, prompts, strict=True)]
+        columns["min_tokens"] = np.maximum(np.array(least, np.int64), 0).astype(np.int32)
+        columns["plain"] = ~(columns["banned"] | columns["banned_first"]).any(axis=1)
+        for name, off in (("temperature", 0), ("repetition_penalty", 1), ("presence_penalty", 0), ("min_tokens", 0)):
+            columns["plain"] &= columns[name] == off
+        columns["plain"] &= ~np.array([s.needs_history for s in samplings])
+        columns["report"] = np.full(len(prompts), report)
         return cls(**jax.tree.map(jnp.asarray, columns))
 
     def record(self, tokens: jax.Array) -> SamplingRows:
         """The rows after `tokens` [B] have joined the answers."""
         return self.replace(in_answer=self.in_answer.at[jnp.arange(tokens.shape[0]), tokens].set(True))
+
+
+def banned_next(sampling: Sampling, tokens: list[int], vocab_size: int) -> np.ndarray:
+    """Which of the V tokens may not follow `tokens`, as bool [V]."""
+    banned = np.zeros(vocab_size, bool)
+    banned[[id for id in {*sampling.suppress_tokens, *sampling.banned_after(tokens)} if 0 <= id < vocab_size]] = True
+    return banned
 
 
 def penalise(logits: jax.Array, rows: SamplingRows) -> jax.Array:
@@ -126,12 +180,19 @@ def truncate(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     return jnp.where(logits >= lowest[:, None], logits, NEGATIVE)
 
 
-def sample(logits: jax.Array, rows: SamplingRows, steps: jax.Array) -> jax.Array:
+def ban(logits: jax.Array, rows: SamplingRows, steps: jax.Array, stop_ids: jax.Array) -> jax.Array:
+    """Logits [B, V] without the tokens that may not come at a row's step [B]; `stop_ids` beyond V are none."""
+    ends = jnp.zeros(logits.shape[-1], bool).at[stop_ids].set(True, mode="drop")
+    too_early = (steps < rows.min_tokens)[:, None] & ends[None]
+    return jnp.where(rows.banned | (rows.banned_first & (steps == 0)[:, None]) | too_early, -jnp.inf, logits)
+
+
+def sample(logits: jax.Array, rows: SamplingRows, steps: jax.Array, stop_ids: jax.Array) -> jax.Array:
     """The next token of each row, int32 [B], from float32 logits [B, V].
 
     Randomness depends on a row's seed and its own step [B] only, so neither the batch nor its padding changes a row.
     """
-    logits = penalise(logits, rows)
+    logits = ban(penalise(logits, rows), rows, steps, stop_ids)
     greedy = jnp.argmax(logits, axis=-1)
     scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     kept = truncate(scaled, rows)

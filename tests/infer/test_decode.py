@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.decode import bucket, half_bucket, widen
-from infer.qwen import Answer, Qwen
+from infer.decode import bucket, decode, half_bucket, prefill, widen
+from infer.qwen import Qwen
 from infer.sampling import Sampling
+from infer.stream import Answer
 from qwen_jax.errors import InputError
 from qwen_jax.model import Inputs, forward, init, unembed
 from tests.infer import tiny
@@ -142,6 +143,40 @@ def test_greedy_is_transformers_generate(qwen, params, tmp_path_factory, penalty
     assert answer.tokens == out[0, len(prompt) :].tolist()
 
 
+def test_requests_share_programs(qwen):
+    """What a request asks for is data: neither stop ids nor reports nor sampling compile anything anew."""
+
+    def programs():
+        return prefill._cache_size(), decode._cache_size()
+
+    qwen.generate("ab", GREEDY, max_tokens=3)
+    before = programs()
+    for arguments in (
+        {"stop_ids": [5]},
+        {"stop_ids": [5, 6, 7]},
+        {"top_logprobs": 1},
+        {"top_logprobs": 20},
+        {"stop": "x"},
+        {"sampling": Sampling(temperature=1.0, top_p=0.9)},
+        {"sampling": Sampling(repetition_penalty=1.1, min_tokens=1, suppress_tokens=(3,))},
+    ):
+        answer = qwen.generate("ab", **{"sampling": GREEDY, "max_tokens": 3} | arguments)[0]
+        assert len(answer.tokens) == 3
+        assert len(answer.top_logprobs) == (3 if "top_logprobs" in arguments else 0)
+        assert {len(top) for top in answer.top_logprobs} <= {arguments.get("top_logprobs")}
+    assert programs() == before
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_an_error(params, bad):
+    changed = tiny.copied(params)
+    changed["lm_head"]["embedding"] = changed["lm_head"]["embedding"].at[7, :].set(bad)
+    model = Qwen(tiny.CONFIG, changed, tiny.tokenizer())
+    for sampling in (GREEDY, Sampling(temperature=1.0)):
+        with pytest.raises(InputError, match="logits are not finite at token 1 of an answer"):
+            model.generate([PROMPTS[0]], sampling, max_tokens=4)
+
+
 # --- log-probabilities and padding rows -------------------------------------------------------------------------------
 
 
@@ -190,6 +225,43 @@ def test_a_seed_gives_the_same_answer_in_any_batch(qwen):
     assert draw([2], PROMPTS[1:2]) == first[1:2]
     same_prompt = draw([1, 2, 1], [PROMPTS[0]] * 3)
     assert same_prompt[0] == same_prompt[2] == first[0] != same_prompt[1]
+
+
+def test_samples_of_one_prompt_differ_and_other_prompts_keep_the_seed(qwen):
+    hot = Sampling(temperature=1.0, seed=2**32 - 1)
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    answers = [tuple(answer.tokens) for answer in qwen.generate(prompts, hot, max_tokens=12)]
+    assert len({*answers}) == 4
+    alone = [qwen.generate([prompt], hot, max_tokens=12)[0].tokens for prompt in PROMPTS[:2]]
+    assert [list(answers[0]), list(answers[1])] == alone
+    again = qwen.generate([PROMPTS[0]], dataclasses.replace(hot, seed=0), max_tokens=12)[0].tokens
+    assert list(answers[2]) == again, "the next seed"
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_prompt_needs_no_list(qwen):
+    ids = qwen.tokenizer.encode("hello")
+    expected = [answer.tokens for answer in qwen.generate(["hello"], GREEDY, max_tokens=3)]
+    for prompts in (
+        "hello",
+        ids,
+        np.array(ids),
+        jnp.array(ids),
+        np.array([ids]),
+        [np.array(ids, np.int64)],
+        tuple(ids),
+    ):
+        assert [answer.tokens for answer in qwen.generate(prompts, GREEDY, max_tokens=3)] == expected
+
+
+def test_a_stream_is_iterated_once(scripted):
+    stream = scripted.stream("?", GREEDY, steps=2)
+    first = [piece for _, piece in zip(range(3), stream, strict=False)]
+    rest = [piece for _, piece in stream]
+    assert "".join(piece for _, piece in first) + "".join(rest) == SCRIPT == stream.answers[0].text
+    assert [*stream] == []
 
 
 # --- where answers end, and their text --------------------------------------------------------------------------------
@@ -277,12 +349,24 @@ def test_a_stop_text_counts_at_the_limit_too(scripted):
     assert (held.text, held.finish_reason) == ("the-wo", "length")
 
 
+def test_a_stop_text_may_stand_alone(scripted):
+    assert run(scripted, stop="ABC")[1].text == SCRIPT.partition("ABC")[0]
+
+
 def test_stop_ids(scripted):
     token = scripted.tokenizer.encode("~")[0]
     _, answer = run(scripted, stop_ids=[token])
     assert (answer.text, answer.tokens[-1]) == (SCRIPT.partition("~")[0], token)
     declared = Qwen(scripted.config, scripted.params, scripted.tokenizer, {"eos_token_id": token})
     assert run(declared)[1].tokens == answer.tokens
+    assert run(scripted, stop_ids=token)[1].tokens == answer.tokens
+
+
+def test_a_closing_line_counts_every_token(scripted):
+    stream = scripted.stream(["?", "A", "+"], GREEDY, stop=["H"])
+    for _ in stream:
+        pass
+    assert stream.timing.answer_tokens == sum(len(answer.tokens) for answer in stream.answers)
 
 
 def test_rows_end_apart(scripted):
@@ -298,6 +382,12 @@ def test_rows_end_apart(scripted):
     ("prompts", "kwargs", "said"),
     [
         ([], {}, "at least one prompt"),
+        ([[1.5]], {}, "must be text or a list of token ids, got list"),
+        ([[True]], {}, "must be text or a list of token ids, got list"),
+        (["a", 3], {}, "must be text or a list of token ids, got int"),
+        (["a", None], {}, "must be text or a list of token ids, got NoneType"),
+        (["a"], {"top_logprobs": 21}, "top_logprobs=21"),
+        (["a"], {"top_logprobs": -1}, "top_logprobs=-1"),
         ([[]], {}, "a prompt is empty"),
         ([[1] * 512], {}, "512 tokens does not fit the context of 512"),
         ([[263]], {}, "below 263"),  # the first padding row

@@ -17,7 +17,8 @@ from infer import evaluate_needle, evaluate_perplexity, evaluate_sparse
 from infer.evaluate import main
 from infer.evaluate_needle import Haystack
 from infer.evaluate_schemes import trained_length, with_scheme
-from infer.qwen import Answer, Qwen
+from infer.qwen import Qwen
+from infer.stream import Answer
 from qwen_jax.config import DualChunk, DynamicNtkScaling, LinearScaling, ModelConfig, NtkScaling, YarnScaling
 from qwen_jax.errors import InputError
 from qwen_jax.model import Inputs, forward, init, unembed

@@ -9,14 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer.sampling import CANDIDATES, NEGATIVE, Sampling, SamplingRows, penalise, sample, truncate
+from infer.sampling import CANDIDATES, COLDEST, NEGATIVE, Sampling, SamplingRows, ban, penalise, sample, truncate
 from qwen_jax.errors import InputError
 
 SMALL, LARGE = 50, 5000
 ROWS = 4
 assert SMALL < CANDIDATES < LARGE
 
-run_penalise, run_sample = jax.jit(penalise), jax.jit(sample)
+NO_STOP = np.array([2**31 - 1], np.int32)
+
+run_penalise, run_ban = jax.jit(penalise), jax.jit(ban)
+
+
+@jax.jit
+def run_sample(logits, rows, steps):
+    return sample(logits, rows, steps, NO_STOP)
 
 
 @jax.jit
@@ -194,9 +201,71 @@ def test_temperature_0_is_the_likeliest_after_penalties():
     assert np.asarray(run_sample(logits, rows, np.zeros(ROWS, np.int32))).tolist() == [7, 8, 7, 7]
 
 
+def test_the_coldest_temperatures_take_the_likeliest():
+    logits = np.zeros((ROWS, SMALL), np.float32)
+    logits[:, 7] = 40
+    samplings = [Sampling(temperature=t) for t in (1e-300, 1e-40, COLDEST, 1e-5)]
+    rows = SamplingRows.create(samplings, [[0]] * ROWS, SMALL)
+    assert np.asarray(run_sample(logits, rows, np.zeros(ROWS, np.int32))).tolist() == [7] * ROWS
+
+
+# --- What may not come ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), max_size=4),
+    st.integers(0, 4),
+)
+def test_bad_words_and_repeated_ngrams_are_transformers(tokens, words, size):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    scores = torch.zeros(1, 10)
+    if words:
+        scores = transformers.NoBadWordsLogitsProcessor(words)(torch.tensor([tokens]), scores)
+    if size:
+        scores = transformers.NoRepeatNGramLogitsProcessor(size)(torch.tensor([tokens]), scores)
+    s = Sampling(bad_words_ids=tuple(map(tuple, words)), no_repeat_ngram_size=size)
+    assert sorted(s.banned_after(tokens)) == np.flatnonzero(np.isinf(scores[0].numpy())).tolist()
+    assert s.needs_history or s.banned_after(tokens) == s.banned_after([])
+
+
+def test_what_is_banned_by_step():
+    s = Sampling(min_tokens=2, suppress_tokens=(1, 99, -1), begin_suppress_tokens=(2, 99, -1), bad_words_ids=((3,),))
+    rows = SamplingRows.create([s, s, s, Sampling()], [[0]] * ROWS, SMALL)
+    steps, stops = np.array([0, 1, 2, 0], np.int32), np.array([4, 5, *NO_STOP], np.int32)
+    banned = np.isinf(np.asarray(run_ban(np.zeros((ROWS, SMALL), np.float32), rows, steps, stops)))
+    assert [np.flatnonzero(row).tolist() for row in banned] == [[1, 2, 3, 4, 5], [1, 3, 4, 5], [1, 3], []]
+    longer = SamplingRows.create([Sampling(min_length=7)], [[0] * 5], SMALL)
+    assert longer.min_tokens.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    "s",
+    [
+        Sampling(temperature=1.0),
+        Sampling(repetition_penalty=1.1),
+        Sampling(presence_penalty=0.1),
+        Sampling(min_tokens=1),
+        Sampling(min_length=2),
+        Sampling(suppress_tokens=(1,)),
+        Sampling(begin_suppress_tokens=(1,)),
+        Sampling(bad_words_ids=((1, 2),)),
+        Sampling(no_repeat_ngram_size=3),
+    ],
+)
+def test_plain_rows_are_those_without_any_rule(s):
+    assert SamplingRows.create([Sampling(seed=3, top_k=5), s], [[0]] * 2, SMALL).plain.tolist() == [True, False]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
+        ("temperature", 1e39, "finite"),
+        ("top_k", 2**40, "below"),
+        ("repetition_penalty", 1e-40, "positive"),
+        ("min_tokens", -1, "at least 0"),
         ("temperature", -0.1, "at least 0"),
         ("temperature", float("nan"), "at least 0"),
         ("temperature", float("inf"), "finite"),
