@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +75,7 @@ class Haystack:
             return [], encode("\n" + COMPLETION.format(name=name))
         mark = "\N{OBJECT REPLACEMENT CHARACTER}"
         message = {"role": "user", "content": f"{mark}\n\n{QUESTION.format(name=name)}"}
-        own = {"template": qwen.chat_template, "special_tokens": qwen.tokenizer.named_tokens}
+        own: dict[str, Any] = {"template": qwen.chat_template, "special_tokens": qwen.tokenizer.named_tokens}
         before, after = chat.render([message], **own).split(mark)
         return encode(before), encode(after)
 

@@ -99,7 +99,7 @@ class GenerationConfig:
             sampling = dataclasses.replace(sampling, temperature=0.0)
         eos = tuple(_checked("eos_token_id", id, int) for id in _listed(given.get("eos_token_id")))
         # as in transformers, an end of text is no bad word
-        words = tuple(word for word in sampling.bad_words_ids if len(word) > 1 or word[0] not in eos)
+        words = tuple(word for word in sampling.bad_words_ids if word not in {(id,) for id in eos})
         return cls(
             dataclasses.replace(sampling, bad_words_ids=words),
             eos_token_ids=eos,

@@ -27,7 +27,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.model import Params, param_shardings
 from qwen_jax.sharding import MeshConfig, make_mesh
-from qwen_jax.tokenizer import Tokenizer, check_tokenizer
+from qwen_jax.tokenizer import Generation, Tokenizer, check_tokenizer
 from qwen_jax.weights.default_model import cache_folder
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.open import open_checkpoint
@@ -67,7 +67,7 @@ class Qwen:
         self.backend = Backend.of(params)
         with self.entered():
             self.params = prepare(params, self.backend, donate=donate)
-        self._generation = chat.generation_of(config, tokenizer)
+        self._generation: Generation = chat.generation_of(config, tokenizer)
         self.chat_template = tokenizer.chat_template or chat.default_template(self._generation)
 
     @contextmanager
@@ -124,8 +124,8 @@ class Qwen:
         """Token ids of a conversation (or of one user message) up to where the assistant answers."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        options = {"template": self.chat_template, "special_tokens": self.tokenizer.named_tokens} | template_kwargs
-        return self.tokenizer.encode(chat.render(messages, **options))
+        options: dict[str, Any] = {"template": self.chat_template, "special_tokens": self.tokenizer.named_tokens}
+        return self.tokenizer.encode(chat.render(messages, **options | template_kwargs))
 
     # --- answers ------------------------------------------------------------------------------------------------------
 

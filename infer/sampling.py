@@ -118,7 +118,9 @@ class SamplingRows(flax.struct.PyTreeNode):
         columns["temperature"][columns["temperature"] < COLDEST] = 0
         least = [max(s.min_tokens, s.min_length - len(p)) for s, p in zip(samplings, prompts, strict=True)]
         columns["min_tokens"] = np.maximum(np.array(least, np.int64), 0).astype(np.int32)
-        columns["plain"] = ~(columns["banned"] | columns["banned_first"]).any(axis=1)
+        columns["plain"] = np.logical_not((columns["banned"] | columns["banned_first"]).any(axis=1, keepdims=True))[
+            :, 0
+        ]
         for name, off in (("temperature", 0), ("repetition_penalty", 1), ("presence_penalty", 0), ("min_tokens", 0)):
             columns["plain"] &= columns[name] == off
         columns["plain"] &= ~np.array([s.needs_history for s in samplings])

@@ -102,7 +102,7 @@ class Stream(Iterator[tuple[int, str]]):
             finished = np.array([bool(a.finish_reason) for a in self.answers] + [True] * (rows - len(self.answers)))
             with self._qwen.entered():
                 state = state.replace(done=jnp.asarray(finished))
-                if self._by_step:
+                if self._by_step and state.rows is not None:
                     state = state.replace(rows=state.rows.replace(banned=jnp.asarray(self._banned(rows))))
                 state, produced, steps = decode(
                     self._qwen.params, state, np.int32(self._steps), self._stop_ids, **self._static

@@ -12,7 +12,7 @@ from qwen_jax import templates
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.messages import SPEAKERS, check_message, parse_tool_calls
-from qwen_jax.spoken import Spoken, mark
+from qwen_jax.spoken import Speaker, Spoken, mark
 from qwen_jax.tokenizer import GENERATIONS, IM_END, IM_START, Generation, Tokenizer
 
 __all__ = [
@@ -205,7 +205,7 @@ def render(
     for tool in tools or []:
         if not isinstance(tool, Mapping):
             raise InputError(f"a tool must be an object with type and function, got {type(tool).__name__}.")
-    spoken = [
+    spoken: list[tuple[Mapping[str, Any], Speaker, bool]] = [
         (check_message(i, message, source), SPEAKERS[message["role"]], message["role"] in trusted_roles)
         for i, message in enumerate(messages)
     ]

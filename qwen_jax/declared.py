@@ -15,7 +15,7 @@ from qwen_jax.errors import InputError
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # What the class Qwen2Tokenizer is called with where the file does not say.
-_QWEN2 = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
+_QWEN2: dict[str, Any] = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
 
 
 def declare(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:

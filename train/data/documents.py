@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_jax.chat import encode_conversation, turns
 from qwen_jax.errors import InputError
-from qwen_jax.tokenizer import END_OF_TEXT, Tokenizer
+from qwen_jax.tokenizer import Tokenizer
 from train.data.records import BadRecord, Conversation, Document, Repository
 from train.data.shards import Shards
 
@@ -92,7 +92,7 @@ class Tokenise(grain.transforms.RandomMap):
 
 def tokenise_all(source: Any, tokenise: Tokenise, tokenizer: Tokenizer, *, at_once: int = 1024) -> Iterator[np.ndarray]:
     """The tokens of every document in order, tokenised on all cores; bad records are left out."""
-    end, rng = tokenizer.special_tokens[END_OF_TEXT], np.random.default_rng(0)
+    end, rng = tokenizer.end_of_text_id, np.random.default_rng(0)
     for start in range(0, len(source), at_once):
         documents = [source[index] for index in range(start, min(start + at_once, len(source)))]
         documents = [document for document in documents if not isinstance(document, BadRecord)]
