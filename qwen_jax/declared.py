@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from qwen_jax.checked import shown
 from qwen_jax.errors import InputError
 
 # What transformers gives to chat templates by name.
@@ -28,7 +29,7 @@ def declare(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
         return _declare(folder, backend)
     except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise InputError(
-            f"{folder}: the files beside the tokenizer declare its tokens in an unknown way ({error!r}); "
+            f"{folder}: the files beside the tokenizer declare its tokens in an unknown way ({shown(error)}); "
             "download them again."
         ) from None
 
@@ -55,8 +56,8 @@ def _declare(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
     for id, token in by_id.items():
         if (found := backend.token_to_id(token.content)) != id:
             raise InputError(
-                f"{folder}: the token {token.content!r} is declared with id {id}, but is {found} in the vocabulary; "
-                "use the checkpoint's own files."
+                f"{folder}: the token {shown(token.content)} is declared with id {id}, but is {found} in the "
+                "vocabulary; use the checkpoint's own files."
             )
     _add(backend, (*named.values(), *extra))
     backend.encode_special_tokens = config.get("split_special_tokens") is True
@@ -90,7 +91,9 @@ def token_ids(value: Any) -> list[int]:
     """generation_config.json's eos_token_id: an id, several, or null for none."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(id) is not int for id in ids):
-        raise InputError(f"generation_config.json: eos_token_id={value!r} is not possible; it must be an id or a list.")
+        raise InputError(
+            f"generation_config.json: eos_token_id={shown(value)} is not possible; it must be an id or a list."
+        )
     return ids
 
 

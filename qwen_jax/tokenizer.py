@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import tokenizers
 from tokenizers import trainers
 
+from qwen_jax.checked import printable, shown
 from qwen_jax.config import ModelConfig
 from qwen_jax.declared import declare, read_json
 from qwen_jax.errors import InputError
@@ -146,7 +147,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises plain Exception
-            raise InputError(f"{path} is not a tokenizer.json ({error}); download it again.") from None
+            raise InputError(f"{path} is not a tokenizer.json ({printable(str(error))}); download it again.") from None
         if type(backend.model).__name__ != "BPE" or backend.decoder is None:
             raise InputError(f"{path} is not a BPE, which every Qwen tokenizer is; use the checkpoint's own.")
         return cls(backend, **declare(path.parent, backend))
@@ -170,14 +171,21 @@ class Tokenizer:
     def from_gguf_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """From a GGUF file's key-value metadata (`tokenizer.ggml.*`, `tokenizer.chat_template`).
 
-        Raises InputError when the vocabulary is missing or of another family.
+        Raises InputError when the vocabulary is missing, damaged or of another family.
         """
+        try:
+            return cls._from_gguf(metadata)
+        except (TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+            raise InputError(f"the GGUF's vocabulary is damaged ({shown(str(error))}); download it again.") from None
+
+    @classmethod
+    def _from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "qwen2")
         if kind == "llama":
             return cls._from_gguf_pieces(metadata)
         if kind != "gpt2" or pre not in ("qwen2", "deepseek-r1-qwen"):  # which cut text alike
             raise InputError(
-                f"the GGUF holds a {kind!r}/{pre!r} tokenizer, not Qwen's 'gpt2'/'qwen2'; use a Qwen GGUF."
+                f"the GGUF holds a {shown(kind)}/{shown(pre)} tokenizer, not Qwen's 'gpt2'/'qwen2'; use a Qwen GGUF."
             )
         keys = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
         if missing := [key for key in keys if key not in metadata]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from qwen_jax.checked import printable
 from qwen_jax.errors import InputError
 
 # Qwen1 to Qwen3; digits one at a time, and the leading space belongs to the word.
@@ -97,7 +98,7 @@ def build(vocab: dict[str, int], merges: Sequence[str], added: Iterable[tuple[st
         backend = tokenizers.Tokenizer(models.BPE(vocab, pairs))
     except Exception as error:  # the Rust side raises plain Exception
         raise InputError(
-            f"vocabulary and merges do not belong together ({error}); use one checkpoint's files."
+            f"vocabulary and merges do not belong together ({printable(str(error))}); use one checkpoint's files."
         ) from None
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -142,7 +143,9 @@ def build_sentencepiece(
         backend = tokenizers.Tokenizer(model)
         steps: list[normalizers.Normalizer] = [normalizers.Precompiled(charsmap)] if charsmap else []
     except Exception as error:  # the Rust side raises plain Exception
-        raise InputError(f"the SentencePiece vocabulary is damaged ({error}); download it again.") from None
+        raise InputError(
+            f"the SentencePiece vocabulary is damaged ({printable(str(error))}); download it again."
+        ) from None
     steps += [normalizers.Prepend(SPACE)] if add_prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     ends = [decoders.Strip(" ", 1, 0)] if add_prefix else []
