@@ -16,4 +16,4 @@ def params() -> Params:
 
 @pytest.fixture(scope="session")
 def qwen(params) -> Qwen:
-    return Qwen(tiny.CONFIG, tiny.copied(params), tiny.tokenizer())
+    return Qwen(tiny.CONFIG, params, tiny.tokenizer())

@@ -79,7 +79,7 @@ def test_prompts_at_the_edge_of_a_bucket(qwen, length):
 
 
 def test_to_the_end_of_the_context(params):
-    model = Qwen(dataclasses.replace(tiny.CONFIG, max_position_embeddings=64), tiny.copied(params), tiny.tokenizer())
+    model = Qwen(dataclasses.replace(tiny.CONFIG, max_position_embeddings=64), params, tiny.tokenizer())
     answer = model.generate([PROMPTS[2]], GREEDY, max_tokens=1000)[0]
     assert len(answer.tokens) == 64 - 47
     assert answer.finish_reason == "length"
@@ -87,7 +87,7 @@ def test_to_the_end_of_the_context(params):
 
 
 def test_filler_rows_of_a_backend_change_nothing(qwen, params, alone):
-    model = Qwen(tiny.CONFIG, tiny.copied(params), tiny.tokenizer())
+    model = Qwen(tiny.CONFIG, params, tiny.tokenizer())
     model.backend = dataclasses.replace(model.backend, min_decode_rows=4)
     assert model.generate(PROMPTS[:1], GREEDY, max_tokens=40)[0].tokens == alone[0].tokens
     drawn = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=3)
@@ -192,10 +192,8 @@ def test_logprobs_are_of_the_models_own_distribution(qwen):
 
 
 def test_padding_rows_are_never_produced(params):
-    changed = tiny.copied(params)
-    head = changed["lm_head"]["embedding"]
-    tokens = len(tiny.tokenizer())
-    changed["lm_head"]["embedding"] = head.at[tokens:].set(1000 * head[tokens:])
+    head, tokens = params["lm_head"]["embedding"], len(tiny.tokenizer())
+    changed = params | {"lm_head": {"embedding": head.at[tokens:].set(1000 * head[tokens:])}}
     model = Qwen(tiny.CONFIG, changed, tiny.tokenizer())
     hidden = forward(tiny.CONFIG, model.params, Inputs.inference(jnp.array(PROMPTS[1])[None])).hidden
     assert (jnp.argmax(unembed(tiny.CONFIG, model.params, hidden), -1) >= tokens).all()

@@ -118,7 +118,7 @@ def test_perplexity_is_that_of_all_logits(config, length, stride, monkeypatch):
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("is_chat", [True, False])
 def test_needle_prompts(params, depth, is_chat):
-    model = Qwen(tiny.CONFIG, tiny.copied(params), tiny.tokenizer())
+    model = Qwen(tiny.CONFIG, params, tiny.tokenizer())
     if not is_chat:
         model.tokenizer.eos_ids = model.tokenizer.encode("<|endoftext|>")
     assert model.is_chat_model == is_chat

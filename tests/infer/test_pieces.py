@@ -61,7 +61,7 @@ def test_long_prompts_are_read_in_pieces(monkeypatch):
     )
     config = dataclasses.replace(tiny.CONFIG, max_position_embeddings=4 * PIECE)
     params = init(config, jax.random.key(0))
-    model = Qwen(config, tiny.copied(params), tiny.tokenizer())
+    model = Qwen(config, params, tiny.tokenizer())
     prompt = np.random.default_rng(6).integers(0, 256, PIECE + 1)
     model.generate([prompt[:PIECE].tolist()], Sampling(), max_tokens=1)
     assert count == []

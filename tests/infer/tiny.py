@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +76,3 @@ def save_folder(folder: Path, config: ModelConfig, params: Params) -> Path:
     save_hf(ParamsCheckpoint(params, config), folder, progress=False)
     tokenizer().save(folder)
     return folder
-
-
-def copied(params: Any) -> Any:
-    """A copy that a `Qwen` may take over."""
-    return jax.tree.map(jnp.copy, params)

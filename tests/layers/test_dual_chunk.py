@@ -113,7 +113,7 @@ def test_training(reference):
 def test_prefill_and_decoding(reference):
     """A prompt of 50 and one of 100 (scaled: the original length is 64), decoded over the ends of chunks."""
     params, prompt_lengths, theirs = reference
-    model = Qwen(CONFIG, tiny.copied(params), tiny.tokenizer())
+    model = Qwen(CONFIG, params, tiny.tokenizer())
     prompts = [TOKENS[0, :50].tolist(), TOKENS[1, :100].tolist()]
     answers = model.generate(prompts, Sampling(), max_tokens=50)
     for prompt, answer in zip(prompts, answers, strict=True):
