@@ -165,12 +165,12 @@ def test_a_bad_record_in_mid_run_costs_nothing(experiment):
     texts.mkdir()
     for number in range(120):
         (texts / f"{number:03}.txt").write_bytes(b"x" * 200)
-    (texts / "100.txt").write_bytes(b"not \xff fine")
+    (texts / "101.txt").write_bytes(b"not \xff fine")  # not one of those that are looked at before training
     folder, arguments = out(experiment, "bad")
     arguments += ["--data.sources.0.path", str(texts), "--data.no-shuffle", "--data.packing", "concat"]
     arguments += ["--data.epochs", "1", "--steps", "99", "--checkpoint-every", "1000", "--data.batch-size", "16"]
     status, text = run(experiment, *arguments)
-    assert status == 2 and f"{texts}/100.txt is not UTF-8" in text.rstrip().splitlines()[-1], text
+    assert status == 2 and f"{texts}/101.txt is not UTF-8" in text.rstrip().splitlines()[-1], text
     done = max(losses(folder))
     assert done > 30 and names(folder) == [str(done)]
 
