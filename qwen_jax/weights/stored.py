@@ -35,7 +35,8 @@ class StoredTensor:
         if self.encoding not in PLAIN_DTYPES and self.encoding not in BLOCK_FORMATS:
             known = ", ".join([*PLAIN_DTYPES, *BLOCK_FORMATS])
             raise InputError(f"{self.path} holds a tensor of type {self.encoding}, which is not read; known: {known}.")
-        if self.encoding in BLOCK_FORMATS and math.prod(self.shape[-1:]) % BLOCK_FORMATS[self.encoding].block_size:
+        fmt = BLOCK_FORMATS.get(self.encoding)
+        if fmt and (len(self.shape) < 2 or self.shape[-1] % fmt.block_size):
             raise InputError(f"{self.path} holds {self.encoding} rows of {self.shape[-1:]} values, not whole blocks.")
 
     @property

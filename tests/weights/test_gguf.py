@@ -243,6 +243,7 @@ LIES = {
     "a long array": (_text(b"a") + struct.pack("<IIQ", 9, 4, 2**63), 1, b"", 0, "damaged"),
     "a long text": (struct.pack("<Q", 2**63) + b"x", 1, b"", 0, "damaged"),
     "no axes": (b"", 0, _text(b"x") + struct.pack("<IIQ", 0, 12, 0) + bytes(400), 1, "not whole blocks"),
+    "blocks in a vector": (b"", 0, _text(b"x") + struct.pack("<IQIQ", 1, 64, 8, 0) + bytes(400), 1, "not whole blocks"),
     "many axes": (b"", 0, _text(b"x") + struct.pack("<I", 2**31) + bytes(400), 1, "damaged"),
     "huge": (b"", 0, _text(b"x") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0) + bytes(400), 1, "truncated"),
     "one over another": (
