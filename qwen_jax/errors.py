@@ -1,4 +1,4 @@
-"""What ends a command with one sentence, saying what was wrong, what was expected and what to do; and its exit status."""
+"""What ends a command with one sentence, which says what was wrong and what to do; and its exit status."""
 
 
 class Failure(Exception):

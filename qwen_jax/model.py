@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from qwen_jax import unstacked
 from qwen_jax.cache import Cache
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import DynamicNtkScaling, ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.spec import AttentionSpec
 from qwen_jax.layers.attention import Attention, Context, take_token
@@ -196,7 +196,7 @@ def unstack(params: Params, *, donate: bool = False) -> Params:
 def forward(
     config: ModelConfig,
     params: Params,
-    inputs: Inputs,
+    inputs: Inputs | jax.Array,
     *,
     cache: Cache | None = None,
     only: jax.Array | None = None,
@@ -207,18 +207,29 @@ def forward(
 ) -> Output:
     """Runs the network.
 
-    cache: earlier keys and values, returned with the new ones (its `lengths` unchanged). only [B] int32, without
+    inputs: `Inputs`; tokens [B, T] alone are enough for a model that reads alike in training and at inference. cache:
+    earlier keys and values, returned with the new ones (its `lengths` unchanged). only [B] int32, without
     return_layers: the index of the one token in each row whose hidden state is wanted, as [B, 1, D]; an unrolled last
     layer computes no more. sparse: with a cache, prompts above its threshold read only what `config.sparse_prefill`
     lets each head read, chosen by their last tokens that are no padding. return_layers: return the residual stream
     after each layer. dtype: of the activations; default the embedding's. remat: what gradients recompute.
-    Raises InputError for inputs that a cache cannot hold.
+    Raises InputError for inputs that a cache cannot hold, and for tokens alone where that leaves open what is meant.
     """
+    inputs = inputs if isinstance(inputs, Inputs) else _of_tokens(config, inputs)
     x = embed(config, params, inputs, dtype)
     context = _context(config, inputs, cache, sparse)
     x, cache, layers, router = _layers(config, params["layers"], x, context, cache, only, return_layers, remat)
     hidden: Any = RMSNorm(config.rms_norm_eps, "norm").apply({"params": params["final_norm"]}, x)
     return Output(hidden, cache, layers, router)
+
+
+def _of_tokens(config: ModelConfig, tokens: jax.Array) -> Inputs:
+    if isinstance(config.rope_scaling, DynamicNtkScaling) or config.logn_trained_length or config.dual_chunk:
+        raise InputError(
+            "this model reads long sequences differently in training and at inference; give forward "
+            "Inputs.training(tokens) or Inputs.inference(tokens)."
+        )
+    return Inputs.inference(tokens)
 
 
 def embed(config: ModelConfig, params: Params, inputs: Inputs, dtype: DTypeLike | None = None) -> jax.Array:

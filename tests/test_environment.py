@@ -36,7 +36,7 @@ def test_every_requirement_is_locked_once(python: str, platform: str) -> None:
             assert locked[canonicalize_name(requirement.name)] in requirement.specifier
 
 
-@pytest.mark.parametrize("module", ["qwen_jax.model", "train", "aot.compile", "tests.infer.tiny", "test_chat", "conftest"])
+@pytest.mark.parametrize("module", ["qwen_jax.model", "aot.compile", "tests.infer.tiny", "test_chat", "conftest"])
 def test_our_own_deprecations_are_errors(module: str) -> None:
     with pytest.raises(FutureWarning):
         warnings.warn_explicit("renamed", FutureWarning, "file.py", 1, module=module)

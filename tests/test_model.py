@@ -40,6 +40,14 @@ def test_training_and_inference_are_two_models_beyond_the_trained_length(params:
     np.testing.assert_array_equal(hidden(params, Inputs.inference(TOKENS))[0], inference[0])
 
 
+def test_tokens_alone_where_training_and_inference_are_one_model(params: Params) -> None:
+    with pytest.raises(InputError, match="Inputs.training"):
+        forward(tiny.QWEN1_CONFIG, params, TOKENS)
+    alike = init(tiny.CONFIG, jax.random.key(0))
+    expected = forward(tiny.CONFIG, alike, Inputs.training(TOKENS)).hidden
+    np.testing.assert_array_equal(forward(tiny.CONFIG, alike, TOKENS).hidden, expected)
+
+
 def empty(config=tiny.CONFIG) -> ContiguousCache:
     return empty_cache(config, 2, 64, jnp.float32, stacked=True, prompt_lengths=jnp.asarray([40, 40]))
 
