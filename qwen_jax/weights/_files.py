@@ -53,13 +53,29 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(destination: Path) -> Iterator[None]:
-    """Turns a failure to write into one sentence."""
+    """Turns a failure to write into one sentence, and so the loss of a file that is read meanwhile."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        if error.errno in (errno.ENOENT, errno.EIO, errno.ESTALE) and _is_elsewhere(error.filename, destination):
+            raise InputError(
+                f"{error.filename} cannot be read ({reason}), so {destination} was not written; check the path, or "
+                "download it again."
+            ) from error
         advice = "free some space, or choose another disk" if error.errno == errno.ENOSPC else "choose another place"
         raise InputError(f"{destination} could not be written ({reason}), nothing was left there; {advice}.") from error
+
+
+def _is_elsewhere(name: object, destination: Path) -> bool:
+    """Whether a file that an error names is neither the destination, nor in it, nor what it is made from."""
+    if not isinstance(name, str):
+        return False
+    path, parent = Path(name).absolute(), destination.absolute().parent
+    if path == parent or path in parent.parents:
+        return False
+    inside = path.relative_to(parent).parts[0] if parent in path.parents else ""
+    return inside != destination.name and not inside.startswith((f".{destination.name}.", "download-"))
 
 
 @contextlib.contextmanager

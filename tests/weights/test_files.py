@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from qwen_jax.errors import InputError
@@ -19,6 +21,15 @@ def test_only_what_was_left_of_the_same_name_is_removed(tmp_path):
     with new_folder(tmp_path / "[ab]"):
         assert not (tmp_path / ".[ab].1234.partial").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["*", ".a.1234.partial", "[ab]"]
+
+
+@pytest.mark.parametrize("name", ["/models/source/model-00002.safetensors", "beside/model.safetensors"])
+def test_a_file_that_is_lost_while_another_is_written_is_named(tmp_path: Path, name: str) -> None:
+    lost = tmp_path / name
+    with pytest.raises(InputError, match=f"{lost} cannot be read"), new_folder(tmp_path / "out"):
+        raise FileNotFoundError(2, "No such file", str(lost))
+    with pytest.raises(InputError, match="out could not be written"), new_folder(tmp_path / "out") as folder:
+        raise FileNotFoundError(2, "No such file", str(folder / "config.json"))
 
 
 @pytest.mark.parametrize("damage", ["gone", "shorter"])
