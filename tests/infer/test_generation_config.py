@@ -25,7 +25,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def model(params):
-    return Qwen(CONFIG, tiny.copied(params), tiny.tokenizer())
+    return Qwen(CONFIG, params, tiny.tokenizer())
 
 
 @pytest.fixture(scope="module")
