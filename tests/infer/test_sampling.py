@@ -23,7 +23,7 @@ run_penalise, run_ban = jax.jit(penalise), jax.jit(ban)
 
 @jax.jit
 def run_sample(logits, rows, steps):
-    return sample(logits, rows, steps, NO_STOP)
+    return sample(logits, rows, steps, jnp.asarray(NO_STOP))
 
 
 @jax.jit

@@ -157,7 +157,7 @@ def test_ctrl_c_at_the_prompt_stays(talk, prompts):
 
 
 def test_ctrl_c_in_an_answer_keeps_what_was_said(talk, prompts, monkeypatch):
-    original = Stream.__iter__
+    original = Stream._run
     interrupted = []
 
     def until_interrupted(self):
@@ -168,7 +168,7 @@ def test_ctrl_c_in_an_answer_keeps_what_was_said(talk, prompts, monkeypatch):
             raise KeyboardInterrupt
         yield from pieces
 
-    monkeypatch.setattr(Stream, "__iter__", until_interrupted)
+    monkeypatch.setattr(Stream, "_run", until_interrupted)
     out = talk("hi", "more", "/stats")
     partial = re.search(r"^(\w*) \[stopped\]$", out, re.M)[1]
     assert partial and ANSWER.startswith(partial) and partial != ANSWER
