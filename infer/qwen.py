@@ -210,7 +210,7 @@ class Qwen:
     def _prompt_ids(self, prompts: Prompts) -> list[list[int]]:
         """Each prompt's token ids. Raises InputError for what is no prompt."""
         if isinstance(prompts, str) or (len(prompts) and _are_ids(prompts)):  # an empty list is none
-            prompts = [prompts]  # type: ignore[list-item]
+            prompts = [prompts]
         ids, context = [], self.config.context_length
         for prompt in prompts:
             if not isinstance(prompt, str) and not _are_ids(prompt):

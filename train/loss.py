@@ -1,7 +1,6 @@
 """Losses over tokens. Logits [B, T, V] never exist: the output projection and the cross-entropy are one chunked loop.
 
-Letters: B batch, T tokens of a row, D model width, V vocabulary, N tokens of one device, C tokens of a chunk,
-L layers, E experts.
+Letters: B batch, T tokens of a row, D model width, V vocabulary, N tokens of one device, C tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from qwen_jax.layers.moe import RouterStats
 from qwen_jax.sharding import activation_spec, current_mesh
 
 # Tokens whose float32 logits a device holds at a time: 0.6 GB at Qwen's vocabulary, enough rows to fill a matrix unit.
@@ -235,16 +233,3 @@ def _on_device(
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     """float32 product of two matrices, summed over the named axis of each."""
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def balance_loss(stats: RouterStats, counts: RouterStats | None = None) -> jax.Array:
-    """E * sum_e f_e P_e, with the gradient through P only (Switch, arXiv 2101.03961; `top_k` when balanced).
-
-    stats: of this micro-batch, leading axis L. P_e, the mean router probability, is this micro-batch's. f_e, the share
-    of assignments, is this micro-batch's too; or, given `counts`, of all micro-batches summed there, so that experts
-    may specialise within one (global-batch balance, arXiv 2501.11873). A micro-batch without a token has a loss of 0.
-    """
-    counts = lax.stop_gradient(counts or stats)
-    fraction = jnp.sum(counts.assignments, 0) / jnp.maximum(jnp.sum(counts.num_tokens), 1)
-    prob = jnp.sum(stats.prob_sums, 0) / jnp.maximum(jnp.sum(stats.num_tokens), 1)
-    return stats.assignments.shape[-1] * jnp.sum(fraction * prob)

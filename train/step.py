@@ -18,10 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.layers.moe import RouterStats
+from qwen_jax.layers.moe import RouterStats, load_balancing_loss
 from qwen_jax.model import Remat
 from train.batch import ArrayOrSpec, TokenBatch, abstract_batch, batch_shardings, micro_batches
-from train.loss import balance_loss
 from train.objective import Models, Objective, Term
 from train.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, merge_frozen
 from train.state import Roles, TrainState, abstract_state, laid_out, shardings
@@ -187,7 +186,7 @@ def _gradients(
         if model.moe:
             router = jax.tree.map(lambda *stats: sum(stats), *models.routers)
             counts = router if counts is None else jax.tree.map(jnp.add, counts, router)
-            balance = balance_loss(router, counts if step.balance == "global-batch" else None)
+            balance = load_balancing_loss(router, counts if step.balance == "global-batch" else None)
             terms = terms | {"balance_loss": Term(balance, jnp.any(part.segment_ids > 0).astype(jnp.float32))}
             total += model.moe.aux_loss_coef * balance / jnp.maximum(non_empty, 1)
         return total, (terms, counts)

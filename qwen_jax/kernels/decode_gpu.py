@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.flash_gpu import HIDDEN, LOG2_E, NOTHING
+from qwen_jax.kernels.gpu import HIDDEN, LOG2_E, NOTHING, dot
 
 # Keys read at a time: of wider heads fewer, so that two programs share a core's memory.
 BLOCKS = {64: 128, 128: 64}
@@ -135,10 +135,10 @@ def _kernel(
             seen = (keys >= low) & (keys < high)
             at = pl.ds(j * block, block)
             k, v = (triton.load(ref.at[at, :], mask=seen[:, None], other=0) for ref in (k_ref, v_ref))
-            scores = jnp.where(seen[None], _dot(q, k, 1) * scale, HIDDEN)
+            scores = jnp.where(seen[None], dot(q, k, 1, 1) * scale, HIDDEN)
             now = jnp.maximum(highest, jnp.max(scores, axis=1))
             weights, kept = jnp.exp2(scores - now[:, None]), jnp.exp2(highest - now)
-            acc = acc * kept[:, None] + _dot(weights.astype(v.dtype), v, 0)
+            acc = acc * kept[:, None] + dot(weights.astype(v.dtype), v, 1, 0)
             return acc, now, total * kept + jnp.sum(weights, axis=1)
 
         stop_block = jnp.where(high > low, lax.div(high - 1, jnp.int32(block)) + 1, 0)
@@ -148,9 +148,3 @@ def _kernel(
     total = jnp.where(some, total, 1)
     triton.store(lse_ref, jnp.where(some, highest + jnp.log2(total), NOTHING))
     triton.store(out_ref, acc / total[:, None])
-
-
-def _dot(a: jax.Array, b: jax.Array, axis_of_b: int) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((1,), (axis_of_b,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

@@ -5,7 +5,6 @@ the other side that it can see: first those that need a mask, then those that ne
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,11 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.gpu import HIDDEN, LOG2_E, NOTHING, dot
 
-LOG2_E = math.log2(math.e)
-# In units of which 2 to the power is taken: the maximum of a row that sees no key, and a masked score, so far below it
-# that its weight is 0 even there.
-NOTHING, HIDDEN = -1e30, -1e38
 # Padding's segments: never equal, and last, as padding mostly is, so that whole blocks of it are left out.
 NO_QUERY, NO_KEY = jnp.iinfo(jnp.int32).max - 1, jnp.iinfo(jnp.int32).max
 
@@ -222,12 +218,12 @@ def _forward_kernel(static: _Static, shape: _Shape, *refs: Any) -> None:
         def step(j: Any, carry: Any, masked: bool, variant: int = variant, q: jax.Array = q) -> Any:
             acc, highest, total = carry
             k, v = tile.load_keys(k_ref, j, masked), tile.load_keys(v_ref, j, masked)
-            scores = _dot(q, k, 1, 1) * shape.scale
+            scores = dot(q, k, 1, 1) * shape.scale
             if masked:
                 scores = jnp.where(tile.visible(j, variant), scores, HIDDEN)
             now = jnp.maximum(highest, jnp.max(scores, axis=1))
             weights, kept = jnp.exp2(scores - now[:, None]), jnp.exp2(highest - now)
-            acc = acc * kept[:, None] + _dot(weights.astype(v.dtype), v, 1, 0)
+            acc = acc * kept[:, None] + dot(weights.astype(v.dtype), v, 1, 0)
             return acc, now, total * kept + jnp.sum(weights, axis=1)
 
         carry = tile.loop(variant, step, carry)
@@ -267,11 +263,11 @@ def _d_query_kernel(static: _Static, shape: _Shape, *refs: Any) -> None:
 
         def step(j: Any, d_q: jax.Array, masked: bool, variant: int = variant, q: jax.Array = q) -> jax.Array:
             k, v = tile.load_keys(k_ref, j, masked), tile.load_keys(v_ref, j, masked)
-            scores = _dot(q, k, 1, 1) * shape.scale
+            scores = dot(q, k, 1, 1) * shape.scale
             if masked:
                 scores = jnp.where(tile.visible(j, variant), scores, HIDDEN)
-            d_scores = jnp.exp2(scores - lse[:, None]) * (_dot(d_out, v, 1, 1) - delta[:, None])
-            return d_q + _dot(d_scores.astype(k.dtype), k, 1, 0)
+            d_scores = jnp.exp2(scores - lse[:, None]) * (dot(d_out, v, 1, 1) - delta[:, None])
+            return d_q + dot(d_scores.astype(k.dtype), k, 1, 0)
 
         d_q = tile.loop(variant, step, jnp.zeros((tile.blocks.query, shape.head_dim), jnp.float32))
         d_q = (d_q * shape.head_dim**-0.5).astype(d_q_ref.dtype)
@@ -313,16 +309,16 @@ def _d_key_kernel(static: _Static, shape: _Shape, *refs: Any) -> None:
                 d_out = tile.load_rows(d_out_ref.at[at, g, :], i, masked)
                 lse = tile.load_rows(lse_ref.at[g, at], i, masked) * LOG2_E
                 delta = tile.load_rows(delta_ref.at[g, at], i, masked)
-                scores = _dot(k, q, 1, 1) * shape.scale
+                scores = dot(k, q, 1, 1) * shape.scale
                 if masked:
                     visible = tile.visible(i, variant)
                     scores = jnp.where(visible, scores, HIDDEN)
                 weights = jnp.exp2(scores - lse[None])
-                d_v += _dot(weights.astype(d_out.dtype), d_out, 1, 0)
-                d_scores = weights * (_dot(v, d_out, 1, 1) - delta[None])
+                d_v += dot(weights.astype(d_out.dtype), d_out, 1, 0)
+                d_scores = weights * (dot(v, d_out, 1, 1) - delta[None])
                 if masked:  # a value that nothing sees may be NaN
                     d_scores = jnp.where(visible, d_scores, 0)
-                return d_k + _dot(d_scores.astype(q.dtype), q, 1, 0), d_v
+                return d_k + dot(d_scores.astype(q.dtype), q, 1, 0), d_v
 
             carry = tile.loop(variant, step, carry)
         return carry
@@ -332,12 +328,6 @@ def _d_key_kernel(static: _Static, shape: _Shape, *refs: Any) -> None:
     d_k = d_k * shape.head_dim**-0.5
     triton.store(d_k_ref, d_k.astype(d_k_ref.dtype), mask=tile.real[:, None])
     triton.store(d_v_ref, d_v.astype(d_v_ref.dtype), mask=tile.real[:, None])
-
-
-def _dot(a: jax.Array, b: jax.Array, axis_of_a: int, axis_of_b: int) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((axis_of_a,), (axis_of_b,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _div(x: Any, n: int) -> Any:

@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from qwen_jax.backend import current_backend
+from qwen_jax.kernels.gpu import dot
 from qwen_jax.kernels.row_blocks import block_size, row_blocks
 
 # Columns of a block, and how many of the summed axis are multiplied at a time. float32 runs without the matrix units,
@@ -49,8 +50,8 @@ def grouped_matmul(
                 at = pl.ds(i * tile[2], tile[2])
                 x = triton.load(rows_ref.at[pl.ds(start, tile[0]), at], mask=is_row, other=0)
                 if transposed:
-                    return total + _dot(x, triton.load(weight_ref.at[group, at, pl.ds(column, tile[1])]), 1, 0)
-                return total + _dot(x, triton.load(weight_ref.at[group, pl.ds(column, tile[1]), at]), 1, 1)
+                    return total + dot(x, triton.load(weight_ref.at[group, at, pl.ds(column, tile[1])]), 1, 0)
+                return total + dot(x, triton.load(weight_ref.at[group, pl.ds(column, tile[1]), at]), 1, 1)
 
             total = lax.fori_loop(0, depth // tile[2], step, jnp.zeros(tile[:2], jnp.float32))
             here = out_ref.at[pl.ds(start, tile[0]), pl.ds(column, tile[1])]
@@ -82,7 +83,7 @@ def grouped_gradient(rows: jax.Array, d_out: jax.Array, group_sizes: jax.Array, 
             at = pl.ds(start + i * depth, depth)
             dy = triton.load(d_out_ref.at[at, pl.ds(out, tile[0])], mask=is_row, other=0)
             x = triton.load(rows_ref.at[at, pl.ds(column, tile[1])], mask=is_row, other=0)
-            return total + _dot(dy, x, 0, 0)
+            return total + dot(dy, x, 0, 0)
 
         total = lax.fori_loop(0, (count + depth - 1) // depth, step, jnp.zeros(tile, jnp.float32))
         triton.store(out_ref.at[group, pl.ds(out, tile[0]), pl.ds(column, tile[1])], total.astype(out_ref.dtype))
@@ -95,9 +96,3 @@ def grouped_gradient(rows: jax.Array, d_out: jax.Array, group_sizes: jax.Array, 
         interpret=current_backend().interpret,
         name="grouped_gradient",
     )(bounds.astype(jnp.int32), rows, d_out)
-
-
-def _dot(a: jax.Array, b: jax.Array, axis_of_a: int, axis_of_b: int) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((axis_of_a,), (axis_of_b,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

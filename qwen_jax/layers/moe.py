@@ -24,12 +24,16 @@ class RouterStats(flax.struct.PyTreeNode):
     num_tokens: jax.Array  # [...]
 
 
-def load_balancing_loss(stats: RouterStats) -> jax.Array:
-    """E * sum_e f_e P_e over the tokens of all layers together (Switch, arXiv 2101.03961; `top_k` when balanced)."""
-    layers = tuple(range(stats.assignments.ndim - 1))
-    num_tokens = jnp.sum(stats.num_tokens)
-    fraction = jnp.sum(stats.assignments, layers) / num_tokens
-    prob = jnp.sum(stats.prob_sums, layers) / num_tokens
+def load_balancing_loss(stats: RouterStats, counts: RouterStats | None = None) -> jax.Array:
+    """E * sum_e f_e P_e, with the gradient through P only (Switch, arXiv 2101.03961; `top_k` when balanced).
+
+    stats: of this micro-batch, with layers in front. P_e, the mean router probability, is this micro-batch's. f_e, the
+    share of assignments, is this micro-batch's too; or, given `counts`, of all micro-batches summed there, so that
+    experts may specialise within one (global-batch balance, arXiv 2501.11873). Without a token the loss is 0.
+    """
+    counts = lax.stop_gradient(counts or stats)
+    fraction = jnp.sum(counts.assignments, 0) / jnp.maximum(jnp.sum(counts.num_tokens), 1)
+    prob = jnp.sum(stats.prob_sums, 0) / jnp.maximum(jnp.sum(stats.num_tokens), 1)
     return stats.assignments.shape[-1] * jnp.sum(fraction * prob)
 
 
