@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n 2
 # the TPU compiler that the recorded figures are of
 LIBTPU ?= libtpu==0.0.51
+ZIGLANG ?= ziglang==0.17.0
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VERSIONS ?= -c constraints.txt
@@ -76,6 +77,8 @@ $(BIN)/python:
 $(VENV)/.base: EXTRAS =
 $(VENV)/.base: setup.cfg constraints.txt | $(BIN)/python
 	$(install)
+	@# a compiler for the C kernels (--dtype int8), 100 MB, where there is none
+	@command -v cc gcc clang >/dev/null || $(PIP) --no-deps $(ZIGLANG)
 	@touch $@
 
 $(VENV)/.train: EXTRAS = [train]
