@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qwen_jax.backend import Backend
-from qwen_jax.leaves import Leaf, Packed, PackedExperts, pack_mlp
+from qwen_jax.leaves import Leaf, Packed, PackedExperts, Weight, native, pack_mlp
 from qwen_jax.model import Params, unstack
 from qwen_jax.sharding import current_mesh
 from qwen_jax.unstacked import Unstacked
@@ -28,8 +30,27 @@ def prepare(params: Params, backend: Backend, *, dtype: DTypeLike | None = None,
         return leaf.astype(dtype) if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     params = unstack(params, donate=donate)
+    if backend.native and current_mesh() is None:
+        params = _native(params, donate)
     params = jax.tree.map(lambda leaf: cast(jnp.asarray(leaf)), params)
     return _packed(params) if backend.kernels == "cpu" and current_mesh() is None else params
+
+
+def _native(params: Params, donate: bool) -> Params:
+    """Projections, embedding and head as the C kernels take them, several at a time: packing holds no lock."""
+
+    def packed(entry: tuple[tuple[Any, ...], Leaf]) -> Leaf:
+        path, leaf = entry
+        if path[-1].key not in ("kernel", "embedding"):
+            return leaf
+        made = native.pack(leaf, num_in=2 if path[-2].key == "o" else 1)
+        if donate and made is not leaf:
+            jax.tree.map(lambda array: array.delete(), leaf)
+        return made
+
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Weight))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return treedef.unflatten(pool.map(packed, leaves))
 
 
 def _packed(tree: Any) -> Any:

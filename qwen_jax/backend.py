@@ -36,6 +36,8 @@ class Backend:
     """rows that take as long to decode as one"""
     ragged_exchange: bool = True
     """whether devices can exchange pieces of unequal lengths"""
+    native: bool = False
+    """whether the C kernels of kernels/native serve: products that round activations to int8, attention of one query"""
     interpret: bool = False
     """kernels are interpreted, which any platform can do: for tests"""
 

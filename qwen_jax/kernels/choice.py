@@ -117,6 +117,36 @@ def _gpu_decode(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, b
     return out[:, None], lse[:, :, None]
 
 
+def _native_decode(
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, backend: Backend
+) -> tuple[jax.Array, None]:
+    rows = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
+    return _native(q, k, v, rows, spec, by_row=True), None
+
+
+def _native(
+    q: jax.Array, k: jax.Array, v: jax.Array, tables: jax.Array, spec: AttentionSpec, by_row: bool
+) -> jax.Array:
+    from qwen_jax.kernels import native
+
+    ends = _ends(q, spec)
+    begins = jnp.zeros_like(ends) if spec.window is None else ends - jnp.asarray(spec.window, jnp.int32)
+    out = native.library().attention(q[:, 0].astype(jnp.float32), k, v, tables, begins, ends, by_row=by_row)
+    return out[:, None].astype(q.dtype)
+
+
+def _fits_native(case: Case) -> bool:
+    spec = case.spec
+    seen = spec.causal and spec.chunk_length is None and spec.query_segments is None and case.first_key
+    return (
+        case.backend.native
+        and case.num_queries == 1
+        and seen
+        and case.q.shape[-1] % 16 == 0
+        and case.k.dtype == jnp.float32
+    )
+
+
 def _fits_tpu_decode(case: Case) -> bool:
     # a block of keys lies in one chunk, and is no longer than all keys
     whole_blocks = (case.spec.chunk_length or 0) % 128 == 0 and case.num_keys >= 128
@@ -133,6 +163,7 @@ ROWS = (
     Row("TPU flash kernel", _fits_tpu_flash, _tpu_flash),
     Row("GPU decode kernel", lambda case: case.backend.kernels == "gpu" and case.suits_decode_kernels, _gpu_decode),
     Row("GPU flash kernel", lambda case: case.backend.kernels == "gpu" and case.suits_kernels, _gpu_flash),
+    Row("native decode kernel", _fits_native, _native_decode, merges=False),
     Row(
         "one query, keys left",
         lambda case: case.backend.kernels == "cpu" and case.num_queries == 1,
@@ -186,6 +217,10 @@ def _tpu_paged(q: jax.Array, pages: Pages, tables: jax.Array, spec: AttentionSpe
     return paged_decode_attention(q[..., 0, :, :], pages.k, pages.v, _ends(q, spec), tables, **options)[:, None]
 
 
+def _native_paged(q: jax.Array, pages: Pages, tables: jax.Array, spec: AttentionSpec, backend: Backend) -> jax.Array:
+    return _native(q, pages.k, pages.v, tables, spec, by_row=False)
+
+
 def _gathered(q: jax.Array, pages: Pages, tables: jax.Array, spec: AttentionSpec, backend: Backend) -> jax.Array:
     k, v = pages.gathered(tables, 0, _ends(q, spec), q.dtype)
     return attend(q, k, v, spec)
@@ -214,6 +249,7 @@ def _ends(q: jax.Array, spec: AttentionSpec) -> jax.Array:
 
 PAGED_ROWS = (
     Row("TPU paged decode kernel", _fits_tpu_paged, _tpu_paged, merges=False),
+    Row("native paged decode kernel", _fits_native, _native_paged, merges=False),
     # what a chunk of a prompt costs to gather is little beside reading it
     Row("pages gathered", lambda case: case.backend.kernels != "cpu" and 1 < case.num_queries, _gathered, merges=False),
     Row("blocks of pages", lambda case: True, _by_blocks_of_pages, merges=False),
