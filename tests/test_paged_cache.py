@@ -12,6 +12,7 @@ from qwen_jax.backend import Backend, current_backend
 from qwen_jax.cache import Cache, empty_cache
 from qwen_jax.config import DualChunk, ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.kernels import native
 from qwen_jax.kernels.choice import PAGED_ROWS, choose
 from qwen_jax.kernels.spec import AttentionSpec
 from qwen_jax.model import Inputs, forward, init, unstack
@@ -59,12 +60,18 @@ def expected(name: str) -> np.ndarray:
     return read(CONFIGS[name], cache)
 
 
-BACKENDS = {"cpu": current_backend(), "tpu": Backend("tpu", interpret=True)}
+BACKENDS = {
+    "cpu": current_backend(),
+    "native": dataclasses.replace(current_backend(), native=True),
+    "tpu": Backend("tpu", interpret=True),
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("platform", BACKENDS)
 def test_pages_are_the_whole(name: str, platform: str) -> None:
+    if platform == "native" and (reason := native.why_not()):
+        pytest.skip(reason)
     with BACKENDS[platform].entered():
         found = read(CONFIGS[name], empty_pages(CONFIGS[name], "float32"))
     np.testing.assert_allclose(found, expected(name), atol=2e-5)
@@ -97,11 +104,14 @@ def test_int8_is_within_half_a_step() -> None:
         ("tpu", 1, "TPU paged decode kernel"),
         ("tpu", 64, "pages gathered"),
         ("gpu", 1, "blocks of pages"),
+        ("native", 1, "native paged decode kernel"),
+        ("native", 64, "blocks of pages"),
     ],
 )
 def test_row(kernels, queries: int, row: str) -> None:
+    backend = BACKENDS["native"] if kernels == "native" else Backend(kernels)
     q, pages = jnp.zeros((2, queries, 2, 64)), jnp.zeros((1, 10, PAGE, 64))
-    assert choose(q, pages, AttentionSpec(jnp.zeros(2, int)), Backend(kernels), rows=PAGED_ROWS).name == row
+    assert choose(q, pages, AttentionSpec(jnp.zeros(2, int)), backend, rows=PAGED_ROWS).name == row
 
 
 def test_scanned_layers_are_refused() -> None:

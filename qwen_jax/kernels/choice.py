@@ -137,14 +137,9 @@ def _native(
 
 def _fits_native(case: Case) -> bool:
     spec = case.spec
-    seen = spec.causal and spec.chunk_length is None and spec.query_segments is None and case.first_key
-    return (
-        case.backend.native
-        and case.num_queries == 1
-        and seen
-        and case.q.shape[-1] % 16 == 0
-        and case.k.dtype == jnp.float32
-    )
+    suits = spec.causal and spec.chunk_length is None and spec.query_segments is None and case.first_key
+    over_cache = case.num_queries == 1 and not spec.from_beginning and case.k.dtype == jnp.float32
+    return case.backend.native and suits and over_cache and case.q.shape[-1] % 16 == 0
 
 
 def _fits_tpu_decode(case: Case) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from infer.decode import decode, prefill
 from qwen_jax.backend import Backend
 from qwen_jax.config import DualChunk, ModelConfig
-from qwen_jax.kernels import choice, plain
+from qwen_jax.kernels import choice, native, plain
 from qwen_jax.kernels.choice import choose, explain
 from qwen_jax.kernels.spec import AttentionSpec
 from qwen_jax.model import Params, init, unstack
@@ -61,6 +61,17 @@ def test_answers_are_those_of_plain_attention(name: str, kernels) -> None:
     np.testing.assert_allclose(whole[1], logprobs[:, :1], atol=5e-5)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_answers_with_native_kernels(name: str) -> None:
+    if reason := native.why_not():
+        pytest.skip(reason)
+    config, (params, tokens, logprobs) = CONFIGS[name], expected(name)
+    with dataclasses.replace(Backend.of(None), native=True).entered():
+        ours = answer(config, params, 64)
+    np.testing.assert_array_equal(ours[0], tokens)
+    np.testing.assert_allclose(ours[1], logprobs, atol=5e-5)
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 ROWS = jnp.zeros(2, jnp.int32)  # places that differ from row to row
@@ -99,6 +110,25 @@ def test_row(kernels, shape: tuple[int, ...], keys: int, spec: AttentionSpec, ro
     assert choose(q, k, spec, Backend(kernels)).name == row
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec", "row"),
+    [
+        ((2, 1, 4, 64), AttentionSpec(ROWS), "native decode kernel"),
+        ((2, 1, 4, 64), AttentionSpec(ROWS, window=jnp.int32(5)), "native decode kernel"),
+        ((2, 1, 4, 64), AttentionSpec(ROWS, key_start=3), "one query, keys left"),
+        ((2, 1, 4, 64), AttentionSpec(ROWS, causal=False), "one query, keys left"),
+        ((3, 2, 1, 4, 64), AttentionSpec(ROWS, chunk_length=256), "one query, keys left"),
+        ((2, 1, 4, 24), AttentionSpec(ROWS), "one query, keys left"),
+        ((2, 64, 4, 64), AttentionSpec(), "formula"),
+    ],
+)
+def test_native_row(shape: tuple[int, ...], spec: AttentionSpec, row: str) -> None:
+    q, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (2, 2, 512, shape[-1])))
+    backend = Backend("cpu", native=True)
+    assert choose(q, k, spec, backend).name == row
+    assert choose(q, jax.ShapeDtypeStruct(k.shape, jnp.bfloat16), spec, backend).name != "native decode kernel"
+
+
 def test_explained_by_kind_of_layer() -> None:
     found = explain(CONFIGS["a window, and none"], Backend("tpu"), 4096)
     assert found["prompt, window of 40"] == found["piece of a prompt"] == "TPU flash kernel"
@@ -110,7 +140,7 @@ def test_what_is_merged_has_a_log_sum_exp() -> None:
     q, k = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 1, 4, 64), (2, 2, 512, 64)))
     backend = Backend("tpu")
     assert choose(q, k, AttentionSpec(ROWS), backend, merges=True).name == "TPU flash kernel"
-    assert all(row.merges for row in choice.ROWS if row.name != "TPU decode kernel")
+    assert all(row.merges for row in choice.ROWS if "decode kernel" not in row.name or row.name.startswith("GPU"))
 
 
 # --- the plain forms --------------------------------------------------------------------------------------------------

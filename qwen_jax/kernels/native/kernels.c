@@ -360,7 +360,8 @@ INLINE XLA_FFI_Buffer* result(const XLA_FFI_CallFrame* c, int i) { return c->ret
 
 // --- products --------------------------------------------------------------------------------------------------------
 
-typedef struct { int8_t q[32]; float scale, sum; int32_t sums[2]; } block;  // sum: of scale * q; sums: of q, by halves
+// 32 rounded inputs: q, and the sums of q (of its halves, of both) and of scale * q; a line of the cache.
+typedef struct { _Alignas(64) int8_t q[32]; float scale, sum; int32_t sums[3]; } block;
 
 typedef struct {
   const uint8_t* data;
@@ -390,8 +391,9 @@ static void round_block(const float* x, block* out) {
     for (int n = LANES / 2; n; n /= 2) for (int i = 0; i < n; i++) t[i] += t[i + n];
     out->sums[h] = t[0];
   }
+  out->sums[2] = out->sums[0] + out->sums[1];
   out->scale = most / 127;
-  out->sum = out->scale * (out->sums[0] + out->sums[1]);
+  out->sum = out->scale * out->sums[2];
 }
 
 // 16 outputs of `rows` rows of x, each w->blocks blocks: y[n * stride + 0 .. 15].
@@ -442,12 +444,12 @@ INLINE void strip_rows(const weight* w, int64_t strip, const block* x, int rows,
         for (int n = 0; n < rows; n++) {
           const block* a = x + n * blocks + b;
           if (scales == SUB_16) {
-            const vi first = dot(q, a->q, 4, bits) - zero * a->sums[0];
-            const vi second = dot(q + 4, a->q + 16, 4, bits) - zero * a->sums[1];
+            const vi first = dot(q, a->q, 4, bits) - (a->sums[0] - (vi){0}) * zero;
+            const vi second = dot(q + 4, a->q + 16, 4, bits) - (a->sums[1] - (vi){0}) * zero;
             f[n][h] += (__builtin_convertvector(first, vf) * s + __builtin_convertvector(second, vf) * s1) * a->scale;
           } else {
             vi sum = dot(q, a->q, 8, bits);
-            if (zero) sum -= zero * (a->sums[0] + a->sums[1]);
+            if (zero) sum -= (a->sums[2] - (vi){0}) * zero;
             f[n][h] += __builtin_convertvector(sum, vf) * (s * a->scale);
           }
           if (scales == MIN || scales == FLOAT || scales == SUB_MIN) f[n][h] -= m * a->sum;
@@ -491,7 +493,7 @@ INLINE int range(int chunks, int64_t count, int chunk, int64_t* begin) {  // eve
 
 enum { ROUND, FIRST, SECOND };
 typedef struct {
-  work base;
+  _Alignas(64) work base;
   int64_t rows, inputs;
   const float* x;
   float *y[3];
@@ -551,7 +553,7 @@ static int chunks_of(int64_t units, int threads) { return (int)(units < 8 * thre
 
 static products* begin_products(const XLA_FFI_CallFrame* c, int64_t hidden, int threads) {
   const int64_t rows = argument(c, 0)->dims[0], inputs = argument(c, 0)->dims[1], blocks = rows * (inputs + hidden) / 32;
-  products* p = malloc(sizeof(products) + blocks * sizeof(block));
+  products* p = aligned_alloc(64, sizeof(products) + blocks * sizeof(block));
   if (!p) return NULL;
   memset(p, 0, sizeof *p);
   p->rows = rows, p->inputs = inputs, p->x = argument(c, 0)->data;
