@@ -22,6 +22,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
     "exponential_decay_length_penalty": (None,),
+    "factual_nucleus_sampling": (False,),
     "force_words_ids": (None,),
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
@@ -46,6 +47,7 @@ _WITHOUT_EFFECT = frozenset(
     continuous_batching_config prefill_chunk_size use_mtp
     output_attentions output_hidden_states output_logits output_scores return_dict_in_generate renormalize_logits
     early_stopping length_penalty max_window_size
+    decay_bound decay_factor max_context_size max_generate_size
     is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
     assistant_early_exit assistant_ensemble_weight assistant_lookbehind target_lookbehind speculation_type
     prompt_lookup_num_tokens max_matching_ngram_size
@@ -56,7 +58,10 @@ _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "min_length"),
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
 )
-_OTHERS = ("do_sample", "eos_token_id", "stop_strings", "min_new_tokens", "max_new_tokens", "max_length", "chat_format")
+_OTHERS = (
+    *("do_sample", "eos_token_id", "stop_strings", "stop_words_ids"),
+    *("min_new_tokens", "max_new_tokens", "max_length", "chat_format"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,8 @@ class GenerationConfig:
     sampling: Sampling = Sampling()
     eos_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    stop_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Qwen1's: an answer ends where it ends with one of these."""
     max_tokens: int | None = None
     max_length: int | None = None
     """Of prompt and answer, where `max_tokens` does not say it."""
@@ -103,6 +110,7 @@ class GenerationConfig:
         return cls(
             dataclasses.replace(sampling, bad_words_ids=words),
             eos_token_ids=eos,
+            stop_words_ids=_words("stop_words_ids", given.get("stop_words_ids", [])),
             stop=tuple(_checked("stop_strings", text, str) for text in _listed(given.get("stop_strings"))),
             max_tokens=_limit("max_new_tokens", given.get("max_new_tokens")),
             max_length=_limit("max_length", given.get("max_length")),
@@ -134,15 +142,18 @@ def _setting(name: str, value: Any) -> Any:
     """A value of JSON as `Sampling` has it."""
     default = getattr(Sampling, name)
     if isinstance(default, tuple):
-        lists = [_ids(name, word) for word in _checked(name, value, list)] if name == "bad_words_ids" else None
-        return _ids(name, value) if lists is None else tuple(lists)
+        return _words(name, value) if name == "bad_words_ids" else _ids(name, value)
     if isinstance(default, float):
         return float(_checked(name, value, int, float))
     return _checked(name, value, int)
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
-    ids = tuple(_checked(name, id, int) for id in _checked(name, value, list))
-    if not ids and name == "bad_words_ids":
-        raise InputError("generation_config.json: bad_words_ids has an empty word; remove it.")
-    return ids
+    return tuple(_checked(name, id, int) for id in _checked(name, value, list))
+
+
+def _words(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    words = tuple(_ids(name, word) for word in _checked(name, value, list))
+    if () in words:
+        raise InputError(f"generation_config.json: {name} has an empty word; remove it.")
+    return words

@@ -204,8 +204,10 @@ class Qwen:
             raise InputError("a stop text is empty; it would end every answer at once, so leave it out.")
         ends = [stop_ids] if isinstance(stop_ids, int) else list(stop_ids)
         limits = [self._limit(prompt, max_tokens) for prompt in ids]
-        stops = [*texts, *self.defaults.stop], [*self._eos_ids, *ends]
-        return Stream(self, ids, samplings, limits, *stops, top_logprobs, steps)
+        defaults = self.defaults
+        ends += [word[0] for word in defaults.stop_words_ids if len(word) == 1]
+        texts += [*defaults.stop, *(self.tokenizer.decode(word) for word in defaults.stop_words_ids if len(word) > 1)]
+        return Stream(self, ids, samplings, limits, texts, [*self._eos_ids, *ends], top_logprobs, steps)
 
     def _prompt_ids(self, prompts: Prompts) -> list[list[int]]:
         """Each prompt's token ids. Raises InputError for what is no prompt."""

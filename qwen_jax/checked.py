@@ -67,27 +67,37 @@ def mapping(name: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises InputError when it is missing, unreadable, not JSON in UTF-8, nested too deeply, or gives one key two values.
-    """
+def read_text(path: Path, *, most: int = MAX_JSON_BYTES) -> str:
+    """The content of a text file. Raises InputError when it is missing, unreadable, too large or not UTF-8."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path} has {path.stat().st_size} bytes, too many for a JSON file of a model.")
-        text = path.read_text(encoding="utf-8")
+        if path.stat().st_size > most:
+            raise InputError(f"{path} has {path.stat().st_size} bytes, too many for such a file of a model.")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path, or download the file.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({os.strerror(error.errno or 0).lower()}); check the file.") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not text in UTF-8; download it again.") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises InputError as `read_text` does, or when it is not JSON, nested too deeply, or gives one key two values.
+    """
+    text = read_text(path)
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:
         raise InputError(f"{path} is nested too deeply to be a JSON file of a model; download it again.") from None
     except ValueError as error:  # among them the limit on digits of a number
         raise InputError(f"{path} is not valid JSON ({error}); download it again.") from None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file. Raises InputError as `read_json` does."""
+    return {**mapping(str(path), read_json(path))} if path.exists() else {}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from qwen_jax.checked import shown
+from qwen_jax.checked import read_mapping, read_text, shown, whole
 from qwen_jax.errors import InputError
 
 # What transformers gives to chat templates by name.
@@ -35,12 +34,12 @@ def declare(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
 
 
 def _declare(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_mapping(folder / "tokenizer_config.json")
     # a file that says all its tokens is newer than the other two
     says_all = "added_tokens_decoder" in config
     if not says_all:
-        config |= read_json(folder / "special_tokens_map.json")
-    if config.get("tokenizer_class", "Qwen2Tokenizer").startswith("Qwen2Tokenizer"):
+        config |= read_mapping(folder / "special_tokens_map.json")
+    if (config.get("tokenizer_class") or "Qwen2Tokenizer").startswith("Qwen2Tokenizer"):
         known = backend.token_to_id("<|endoftext|>") is not None
         config = (_QWEN2 if known else {}) | config
     named = {name: _added(config[name], special=True) for name in NAMES if config.get(name) is not None}
@@ -50,8 +49,13 @@ def _declare(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
     if says_all:
         by_id = {int(id): _added(token) for id, token in config["added_tokens_decoder"].items()}
     else:
-        texts = read_json(folder / "added_tokens.json")
-        by_id = {int(id): _added({"content": text, "special": text in special}) for text, id in texts.items()}
+        texts = read_mapping(folder / "added_tokens.json")
+        by_id = {
+            whole(f"{folder}: the id of the added token {shown(text)}", id, least=0): _added(
+                {"content": text, "special": text in special}
+            )
+            for text, id in texts.items()
+        }
     _add(backend, (token for _, token in sorted(by_id.items(), key=lambda item: item[0])))
     for id, token in by_id.items():
         if (found := backend.token_to_id(token.content)) != id:
@@ -62,7 +66,11 @@ def _declare(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
     _add(backend, (*named.values(), *extra))
     backend.encode_special_tokens = config.get("split_special_tokens") is True
     ids = {name: backend.token_to_id(token.content) for name, token in named.items()}
-    declared = token_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
+    if lost := [name for name, id in ids.items() if id is None]:
+        raise InputError(
+            f"{folder}: {lost[0]} is {shown(named[lost[0]].content)}, which is no token; correct the file."
+        )
+    declared = token_ids(read_mapping(folder / "generation_config.json").get("eos_token_id"))
     return {
         "eos_ids": [*([ids["eos_token"]] if "eos_token" in ids else []), *declared],
         "pad_id": ids.get("pad_token"),
@@ -101,7 +109,7 @@ def _templates(folder: Path, in_config: Any) -> str | dict[str, str] | None:
     """The chat template, or several by name: files of their own go before the tokenizer's configuration."""
     files = {"default": folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    found = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+    found = {name: read_text(file) for name, file in files.items() if file.is_file()}
     if not found and isinstance(in_config, list):
         found = {entry["name"]: entry["template"] for entry in in_config}
     elif not found and in_config is not None:
@@ -109,14 +117,3 @@ def _templates(folder: Path, in_config: Any) -> str | dict[str, str] | None:
     if not all(isinstance(template, str) for template in found.values()):
         raise InputError(f"{folder}: a chat template must be text; download tokenizer_config.json again.")
     return found["default"] if [*found] == ["default"] else found or None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file, empty when there is no file."""
-    try:
-        mapping = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); download it again.") from None
-    if not isinstance(mapping, dict):
-        raise InputError(f"{path} must hold one JSON object; download it again.")
-    return mapping

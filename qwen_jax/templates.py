@@ -160,7 +160,8 @@ def serve() -> None:
         except RecursionError:
             answer = json.dumps([False, "the chat template, or what it was given, is nested too deeply."])
         except Exception as error:  # a template is a program: it can fail in any way
-            answer = json.dumps([False, f"the chat template refused the messages: {str(error)[:1000]}"])
+            said = "".join(c if c.isprintable() else " " for c in str(error)[:1000]).rstrip(". ")
+            answer = json.dumps([False, f"the chat template refused the messages: {said}."])
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(answer + "\n")
         sys.stdout.flush()

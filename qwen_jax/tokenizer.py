@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 import tokenizers
 from tokenizers import trainers
 
-from qwen_jax.checked import printable, shown
+from qwen_jax.checked import read_mapping, read_text, shown
 from qwen_jax.config import ModelConfig
-from qwen_jax.declared import declare, read_json
+from qwen_jax.declared import declare
 from qwen_jax.errors import InputError
 from qwen_jax.spoken import Spoken
 from qwen_jax.vocabulary import (
@@ -30,6 +30,7 @@ from qwen_jax.vocabulary import (
     merges_from_ranks,
     read_ranks,
     read_sentencepiece,
+    refusing,
     to_bytes,
     to_chars,
 )
@@ -144,10 +145,8 @@ class Tokenizer:
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path} does not exist; a model folder needs its tokenizer.json.")
-        try:
+        with refusing(f"{path} is not a tokenizer.json", "download it again"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust side raises plain Exception
-            raise InputError(f"{path} is not a tokenizer.json ({printable(str(error))}); download it again.") from None
         if type(backend.model).__name__ != "BPE" or backend.decoder is None:
             raise InputError(f"{path} is not a BPE, which every Qwen tokenizer is; use the checkpoint's own.")
         return cls(backend, **declare(path.parent, backend))
@@ -425,7 +424,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer.from_json(path / "tokenizer.json")
     if (path / "qwen.tiktoken").exists():
         # Only Qwen1 ships this file, and the file itself does not say which added tokens follow its ranks
-        model_type = read_json(path / "config.json").get("model_type", "qwen")
+        model_type = read_mapping(path / "config.json").get("model_type", "qwen")
         if model_type != "qwen":
             raise InputError(
                 f"{path} has qwen.tiktoken, which is Qwen1's, but its config.json says model_type {model_type!r}; "
@@ -453,10 +452,10 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
 
 
 def _from_vocab_and_merges(folder: Path) -> Tokenizer:
-    vocab = read_json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    vocab = read_mapping(folder / "vocab.json")
+    lines = read_text(folder / "merges.txt").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_mapping(folder / "tokenizer_config.json")
     says_all = "added_tokens_decoder" in config or (folder / "added_tokens.json").exists()
     backend = build(vocab, merges, [] if says_all else [(text, True) for text in _BASE])
     return Tokenizer(backend, **declare(folder, backend))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from qwen_jax.checked import printable
+from qwen_jax.checked import printable, shown
 from qwen_jax.errors import InputError
 
 # Qwen1 to Qwen3; digits one at a time, and the leading space belongs to the word.
@@ -91,15 +92,31 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
+@contextlib.contextmanager
+def refusing(what: str, advice: str) -> Iterator[None]:
+    """Raises InputError "{what} ({reason}); {advice}." where the tokenizers library fails."""
+    try:
+        yield
+    except BaseException as error:
+        # the Rust side raises plain Exception, and where it panics something that is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what} ({printable(str(error))}); {advice}.") from None
+
+
+def _pairs(vocab: Mapping[str, int], merges: Iterable[str]) -> list[tuple[str, str]]:
+    """Of "left right". Raises ValueError where the Rust side would panic, which prints its stack."""
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    for left, right in pairs:
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise ValueError(f"the merge of {shown(left)} and {shown(right)} is not in the vocabulary")
+    return pairs
+
+
 def build(vocab: dict[str, int], merges: Sequence[str], added: Iterable[tuple[str, bool]]) -> tokenizers.Tokenizer:
     """The Rust tokenizer. `merges` are "left right"; `added` are (text, special), their ids follow the vocabulary."""
-    try:
-        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-        backend = tokenizers.Tokenizer(models.BPE(vocab, pairs))
-    except Exception as error:  # the Rust side raises plain Exception
-        raise InputError(
-            f"vocabulary and merges do not belong together ({printable(str(error))}); use one checkpoint's files."
-        ) from None
+    with refusing("vocabulary and merges do not belong together", "use one checkpoint's files"):
+        backend = tokenizers.Tokenizer(models.BPE(vocab, _pairs(vocab, merges)))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -137,15 +154,11 @@ def build_sentencepiece(
     vocab = {piece.text: id for id, piece in enumerate(pieces)}
     unknown = next((piece.text for piece in pieces if piece.kind == _UNKNOWN), None)
     merges = sorted(_scored_merges(pieces, vocab), key=lambda merge: -merge[0])  # ties stay in the order of ids
-    try:
+    with refusing("the SentencePiece vocabulary is damaged", "download it again"):
         pairs = [(left, right) for _, left, right in merges]
         model = models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback="<0x00>" in vocab)
         backend = tokenizers.Tokenizer(model)
         steps: list[normalizers.Normalizer] = [normalizers.Precompiled(charsmap)] if charsmap else []
-    except Exception as error:  # the Rust side raises plain Exception
-        raise InputError(
-            f"the SentencePiece vocabulary is damaged ({printable(str(error))}); download it again."
-        ) from None
     steps += [normalizers.Prepend(SPACE)] if add_prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     ends = [decoders.Strip(" ", 1, 0)] if add_prefix else []

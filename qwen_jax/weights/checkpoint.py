@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax.checked import mapping, printable, read_json
+from qwen_jax.checked import printable, read_json, read_mapping
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.weights._files import reading
@@ -71,8 +71,7 @@ class Checkpoint(abc.ABC):
 
     def generation_config(self) -> dict[str, Any]:
         """The mapping of generation_config.json (token ids, sampling defaults); empty when there is none."""
-        file = self.source / "generation_config.json"
-        return {**mapping(str(file), read_json(file))} if file.exists() else {}
+        return read_mapping(self.source / "generation_config.json")
 
     @abc.abstractmethod
     def write_assets(self, folder: Path) -> None:

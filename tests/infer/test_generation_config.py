@@ -91,6 +91,26 @@ def test_stop_strings(model):
         assert answer_of.generate("?")[0].text == "ABCth"
 
 
+def test_qwen1_stop_words():
+    """As QwenLM's own logits processor: an answer ends where its tokens end with those of a word."""
+    for word, said in (("C", "AB"), ("Cth", "AB"), ("BA", "ABCthe")):
+        model = tiny.scripted("ABCthe")
+        word_ids = model.tokenizer.encode(word)
+        model.generation_config = {"stop_words_ids": [[262], word_ids], "max_new_tokens": 9}
+        answer = model.generate("?")[0]
+        assert answer.text == said and answer.finish_reason == "stop"
+
+
+def test_the_first_release_of_qwen_opens():
+    first = {"chat_format": "chatml", "decay_bound": 0.0, "decay_factor": 1.0, "factual_nucleus_sampling": False}
+    first |= {"eos_token_id": 151643, "pad_token_id": 151643, "max_context_size": 1024, "max_generate_size": 512}
+    first |= {"max_new_tokens": 512, "stop_words_ids": [[151643]], "do_sample": True, "top_k": 0, "top_p": 0.8}
+    found = GenerationConfig.parse(first)
+    assert found.stop_words_ids == ((151643,),) and found.sampling.top_p == 0.8 and found.max_tokens == 512
+    with pytest.raises(InputError, match="factual_nucleus_sampling"):
+        GenerationConfig.parse(first | {"factual_nucleus_sampling": True})
+
+
 def test_sampling_fields_and_their_defaults():
     parsed = GenerationConfig.parse({"do_sample": True, "temperature": 0.7, "top_p": 0.8, "min_p": 0.1})
     assert parsed.sampling == Sampling(temperature=0.7, top_p=0.8, min_p=0.1, top_k=50)  # transformers' own top_k

@@ -6,6 +6,7 @@ keys). `python -m tests.weights.test_fuzz 100000` says what came of so many file
 
 from __future__ import annotations
 
+import base64
 import collections
 import json
 import random
@@ -17,14 +18,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from infer.qwen import Qwen
+from qwen_jax import checked
+from qwen_jax.chat import default_template, render
 from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
+from qwen_jax.model import init
+from qwen_jax.tokenizer import load_tokenizer
 from qwen_jax.weights.gguf import read_gguf
 from qwen_jax.weights.open import open_checkpoint
 from qwen_jax.weights.safetensors import read_safetensors
+from tests.infer import tiny
+from tests.test_sentencepiece import CONFIG as SENTENCEPIECE_CONFIG
+from tests.test_sentencepiece import model_bytes
 from tests.weights.test_gguf import state_of, write_gguf
 from tests.weights.tiny import HF_CONFIGS, QWEN1_CONFIG, hf_state, write_folder
 
@@ -128,6 +138,64 @@ class Corpus:
         gguf = write_gguf(folder / "x.gguf", "qwen2", state_of("qwen2"))
         self._add("GGUF", gguf, damaged_bytes, lambda: self._open(gguf))
         self._add("GGUF head", gguf, self._head, lambda: self._tensors(read_gguf(gguf)[1]))
+        self._add_tokenizers()
+        self._add_chats()
+
+    def _add_tokenizers(self) -> None:
+        tokenizer = tiny.tokenizer()
+        tokens = self.folder / "tokenizer"
+        tokenizer.save(tokens)
+        path = tokens / "tokenizer_config.json"
+        said = json.loads(path.read_text()) | {"eos_token": {"content": "<|im_end|>", "special": True}}
+        said |= {"chat_template": [{"name": "default", "template": default_template("qwen2")}]}
+        path.write_text(json.dumps(said | {"extra_special_tokens": {"image_token": "<|image|>"}}))
+        self._add("tokenizer.json", tokens / "tokenizer.json", damaged_json, lambda: self._encode(tokens))
+        self._add("tokenizer.json bytes", tokens / "tokenizer.json", damaged_bytes, lambda: self._encode(tokens))
+        self._add("tokenizer_config.json", path, damaged_json, lambda: self._encode(tokens))
+        older = self.folder / "older"
+        tokenizer.save(older)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (older / name).unlink()
+        self._write("older/special_tokens_map.json", json.dumps({"eos_token": "<|im_end|>"}).encode())
+        self._write("older/added_tokens.json", json.dumps(tokenizer.special_tokens).encode())
+        for name in ("vocab.json", "added_tokens.json", "special_tokens_map.json"):
+            self._add(name, older / name, damaged_json, lambda: self._encode(older))
+        self._add("merges.txt", older / "merges.txt", damaged_bytes, lambda: self._encode(older))
+        pieces = self._write("pieces/tokenizer.model", model_bytes())
+        self._write("pieces/tokenizer_config.json", json.dumps(SENTENCEPIECE_CONFIG).encode())
+        self._add("tokenizer.model", pieces, damaged_bytes, lambda: self._encode(pieces.parent))
+        ranks = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)) + b"dGg= 256\ndGhl 257\n"
+        tiktoken = self._write("tiktoken/qwen.tiktoken", ranks)
+        self._add("qwen.tiktoken", tiktoken, damaged_bytes, lambda: self._encode(tiktoken.parent))
+
+    def _add_chats(self) -> None:
+        params, tokenizer = init(tiny.CONFIG, jax.random.key(0)), tiny.tokenizer()
+        generation = {"eos_token_id": [5, 3], "pad_token_id": 3, "do_sample": True, "temperature": 0.7, "top_k": 20}
+        generation |= {"top_p": 0.8, "repetition_penalty": 1.05, "max_new_tokens": 9, "chat_format": "chatml"}
+        path = self._write(
+            "generation/generation_config.json", json.dumps(generation | {"stop_words_ids": []}).encode()
+        )
+
+        def sampling() -> None:
+            qwen = Qwen(tiny.CONFIG, params, tokenizer, checked.read_json(path))
+            assert qwen.sampling() and qwen.is_chat_model in (True, False)
+
+        self._add("generation_config.json", path, damaged_json, sampling)
+        template = self._write("template/chat_template.jinja", default_template("qwen2.5").encode())
+        tokenizer.save(template.parent)
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": []}]
+
+        def said() -> None:
+            source = load_tokenizer(template.parent).chat_template
+            assert source is not None
+            render(messages, template=source, tools=[{"type": "function", "function": {"name": "f"}}])
+
+        self._add("chat_template.jinja", template, damaged_bytes, said)
+
+    @staticmethod
+    def _encode(folder: Path) -> None:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.decode(tokenizer.encode("the théin <|im_end|>\n"))
 
     def _write(self, name: str, data: bytes) -> Path:
         path = self.folder / name
