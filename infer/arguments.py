@@ -25,10 +25,15 @@ class ModelArguments:
     mesh: str | None = None
     """Split the model over all devices, for example `tensor=4`; default the first device alone."""
 
+    dequantise: bool | None = None
+    """Widen quantised weights to `dtype`, which takes more memory; by default those of GGUF files alone."""
+
     def load(self) -> Qwen:
         from infer.qwen import load
 
-        return load(self.model, dtype=self.dtype, mesh=self.mesh, progress=sys.stderr.isatty())
+        return load(
+            self.model, dtype=self.dtype, mesh=self.mesh, dequantise=self.dequantise, progress=sys.stderr.isatty()
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,13 +26,14 @@ def prepare(params: Params, backend: Backend, *, dtype: DTypeLike | None = None,
     parameters may be prepared again.
     """
 
-    def cast(leaf: jax.Array) -> jax.Array:
+    def cast(leaf: Any) -> Leaf:
+        leaf = jax.tree.map(jnp.asarray, leaf)
         return leaf.astype(dtype) if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     params = unstack(params, donate=donate)
     if backend.native and current_mesh() is None:
         params = _native(params, donate)
-    params = jax.tree.map(lambda leaf: cast(jnp.asarray(leaf)), params)
+    params = jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
     return _packed(params) if backend.kernels == "cpu" and current_mesh() is None else params
 
 
@@ -58,8 +59,8 @@ def _packed(tree: Any) -> Any:
         return Unstacked(map(_packed, tree))
     if not isinstance(tree, dict):
         return tree
-    if "gate" in tree and _is_bfloat16(tree["gate"]):
-        names = ("gate", "up", "down")
+    names = ("gate", "up", "down")
+    if all(_is_bfloat16(tree.get(name)) for name in names):
         packed = pack_mlp(*(tree[name]["kernel"] for name in names))
         return {name: {"kernel": weight} for name, weight in zip(names, packed, strict=True)}
     return {

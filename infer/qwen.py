@@ -30,7 +30,7 @@ from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.tokenizer import Generation, Tokenizer, check_tokenizer
 from qwen_jax.weights.default_model import cache_folder
 from qwen_jax.weights.load import load_params
-from qwen_jax.weights.open import open_checkpoint
+from qwen_jax.weights.open import GgufCheckpoint, open_checkpoint
 
 # Tokens between two looks at what the device has produced, while somebody reads along.
 STREAM_STEPS = 4
@@ -258,10 +258,12 @@ def load(
     *,
     dtype: str = "bfloat16",
     mesh: MeshConfig | str | None = None,
+    dequantise: bool | None = None,
     progress: bool = True,
 ) -> Qwen:
     """Loads "default", a local folder, a .gguf file or a Hugging Face id; caches compiled programs.
 
+    dequantise: widen quantised weights to `dtype` as they are read, which takes more memory; default for GGUF alone.
     mesh: how to split the model over all devices, such as "tensor=4", each shard read straight to its device; default
     the first device alone. Raises InputError if the model does not divide.
     """
@@ -276,5 +278,7 @@ def load(
     if mesh is not None:
         on_mesh = make_mesh(MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh, model=config)
         shardings = param_shardings(config, on_mesh)
-    params = load_params(checkpoint, jnp.dtype(dtype), shardings, progress=progress)
+    if dequantise is None:  # GGUF's blocks have no fast product yet
+        dequantise = isinstance(checkpoint, GgufCheckpoint)
+    params = load_params(checkpoint, jnp.dtype(dtype), shardings, dequantise=dequantise, progress=progress)
     return Qwen(config, params, tokenizer, generation_config, on_mesh, donate=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import hf_keys
+from qwen_jax import hf_keys, hf_quantisation
 from qwen_jax.checked import MAX_LAYERS, flag, mapping, number, read_json, shown, whole
 from qwen_jax.config import (
     MODEL_TYPES,
@@ -123,25 +123,12 @@ def _refuse_unknown(config: Mapping[str, Any], model_type: str) -> None:
             raise InputError(
                 f"{key} = {shown(value)} is not supported; the Qwen models of this kind have {off[key]!r}."
             )
-    if _is_quantised(config.get("quantization_config")):
-        method = mapping("quantization_config", config["quantization_config"]).get("quant_method")
-        raise InputError(
-            f"the checkpoint is quantised with {shown(method)}, which is not read yet; use the bf16 or GGUF file."
-        )
+    hf_quantisation.parse(config.get("quantization_config"))
     if model_type.endswith("_moe") and (config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers")):
         raise InputError(
             "decoder_sparse_step != 1 or a filled mlp_only_layers mixes dense and sparse layers, which is not "
             "supported; no released Qwen does."
         )
-
-
-def _is_quantised(raw: object) -> bool:
-    """False too for bitsandbytes' settings with both of its switches off, which older versions left in the file."""
-    if not raw:
-        return False
-    raw = mapping("quantization_config", raw)
-    switches = [raw.get(name, False) for name in ("load_in_4bit", "load_in_8bit")]
-    return any(switches) or raw.get("quant_method") != "bitsandbytes"
 
 
 def _rope_from_hf(c: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -54,10 +54,10 @@ READ = frozenset(
 # from a config too), of file formats, and of tools
 IGNORED = frozenset(
     """architectures attention_dropout attn_dropout_prob attn_implementation attn_pdrop auto_map begin_suppress_tokens
-    bad_words_ids bf16 bias_dropout_fusion bos_token_id chunk_size_feed_forward classifier_dropout
+    bad_words_ids bf16 bias_dropout_fusion bos_token bos_token_id chunk_size_feed_forward classifier_dropout
     cross_attention_hidden_size custom_pipelines decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping emb_dropout_prob embd_pdrop encoder_no_repeat_ngram_size encoder_repetition_penalty eos_token_id
-    epsilon_cutoff eta_cutoff exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    early_stopping emb_dropout_prob embd_pdrop encoder_no_repeat_ngram_size encoder_repetition_penalty eos_token
+    eos_token_id epsilon_cutoff eta_cutoff exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id fp16 fp32 gradient_checkpointing id2label ignore_pad_tokens is_decoder
     keys_to_ignore_at_inference kv_channels_per_head label2id length_penalty max_length max_new_tokens
     max_sequence_length min_length model_max_length n_inner name_or_path no_repeat_ngram_size num_assistant_tokens

@@ -160,9 +160,18 @@ DCA = {"chunk_size": 8, "local_size": 2}
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         ({"use_mrope": True}, "use_mrope = True is not supported"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads = {'0': [1]} is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised with 'fp8'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantised with 'hqq'"),
         ({"quantization_config": {"bits": 4}}, "quantised with None"),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "with 'bitsandbytes'"),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "bitsandbytes",
+                    "load_in_4bit": True,
+                    "bnb_4bit_quant_type": "int4",
+                }
+            },
+            "bnb_4bit_quant_type is 'int4'",
+        ),
         ({"quantization_config": ["gptq"]}, "quantization_config is ['gptq']; it must be a mapping"),
         ({"quantization": {"bits": 4, "group_size": 64}}, "quantization = {'bits': 4, 'group_size': 64}"),
         ({"rope_scaling": {"type": "longrope", "factor": 4}}, "rope_scaling type 'longrope' is not supported"),

@@ -1,5 +1,8 @@
 """What may stand for a weight in the parameter tree, and the products that the model makes with one."""
 
+from qwen_jax.leaves.blocks import Blocks
+from qwen_jax.leaves.grouped import Grouped
+from qwen_jax.leaves.groupwise import Groupwise
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.lora import Lora
 from qwen_jax.leaves.packed import Packed, PackedExperts, pack_mlp
@@ -17,6 +20,9 @@ from qwen_jax.leaves.weight import (
 )
 
 __all__ = [
+    "Blocks",
+    "Grouped",
+    "Groupwise",
     "Int8",
     "Leaf",
     "Lora",

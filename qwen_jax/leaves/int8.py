@@ -1,9 +1,10 @@
-"""Weights in 8 bits, with a scale for each output channel; activations keep their type (weight-only)."""
+"""Weights in 8 bits, integers or floats, with a scale for each output channel; activations keep their type."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -14,8 +15,10 @@ from qwen_jax.leaves.weight import Component, Weight, grouped_matmul, lookup, ma
 class Int8(Weight):
     """values[*out, *in] * scale[*out]. No gradient goes to it; gradients go through it."""
 
-    values: Component  # int8
-    scale: Component  # in the type of the weight that this stands for
+    values: Component  # int8 or float8_e4m3fn
+    scale: Component
+    float_dtype: jnp.dtype | None = flax.struct.field(pytree_node=False, default=None)
+    """Of the array that this stands for; None: the scale's."""
 
     @classmethod
     def quantise(cls, weight: jax.Array, num_in: int = 1) -> Int8:
@@ -25,13 +28,20 @@ class Int8(Weight):
         values = weight.astype(jnp.float32) / jnp.where(scale == 0, 1, scale).astype(jnp.float32)
         return cls(jnp.clip(jnp.round(values), -127, 127).astype(jnp.int8), jnp.squeeze(scale, summed))
 
+    def of_matrix(self, out_shape: tuple[int, ...], in_shape: tuple[int, ...]) -> Int8:
+        """A matrix [out, in] with its axes split."""
+        return self.replace(values=self.values.reshape(*out_shape, *in_shape), scale=self.scale.reshape(out_shape))
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.scale.dtype
+        return self.scale.dtype if self.float_dtype is None else self.float_dtype
+
+    def astype(self, dtype: DTypeLike) -> Int8:
+        return self.replace(float_dtype=jnp.dtype(dtype))
 
     def dense(self) -> jax.Array:
         scale = self.scale.reshape(self.scale.shape + (1,) * (self.values.ndim - self.scale.ndim))

@@ -41,6 +41,10 @@ class Weight(flax.struct.PyTreeNode):
     def ndim(self) -> int:
         return len(self.shape)
 
+    def astype(self, dtype: DTypeLike) -> Any:
+        """The same, standing for an array of another float type."""
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, self)
+
     def dense(self) -> jax.Array:
         """The array that this stands for."""
         raise NotImplementedError

@@ -18,9 +18,10 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.weights._files import reading
 from qwen_jax.weights.names import Leaf, Style, leaves
-from qwen_jax.weights.stored import PLAIN_DTYPES, StoredTensor
+from qwen_jax.weights.stored import CODE_DTYPES, PLAIN_DTYPES, StoredTensor
 
 if TYPE_CHECKING:
+    from qwen_jax.leaves import Weight
     from qwen_jax.tokenizer import Tokenizer
 
 Index = tuple[slice, ...]
@@ -59,6 +60,13 @@ class Checkpoint(abc.ABC):
             self._read(path, index, out)
         if out.dtype == np.float16 != self.dtypes[path] and np.isinf(out).any():
             raise InputError(f"{path} has weights beyond float16's range of 65504; use bfloat16 or float32.")
+
+    def coded(self, path: str, layer: int | None, start: int, stop: int) -> Weight | None:
+        """What of leaf `path` lies from start to stop along its first axis, as the quantised weight that is stored.
+
+        Its arrays are numpy's. Of a leaf with layers, that of one `layer`. None where the leaf is stored dense.
+        """
+        return None
 
     @abc.abstractmethod
     def _read(self, path: str, index: Index, out: np.ndarray) -> None: ...
@@ -118,7 +126,9 @@ class TensorCheckpoint(Checkpoint):
                         f"{source}: tensor {name} has shape {tensor.shape}, but the configuration says "
                         f"{leaf.file_shape}; weights and configuration do not belong together."
                     )
-                if tensor.strides is None:
+                if tensor.encoding in CODE_DTYPES:
+                    raise tensor.unread()
+                if tensor.strides is None and tensor.shape != leaf.matrix_shape:
                     tensor = dataclasses.replace(tensor, shape=leaf.matrix_shape)
                 self._tensors[name] = tensor
             encodings = {PLAIN_DTYPES.get(tensor.encoding, np.dtype(np.float32)) for tensor in stored}
@@ -141,8 +151,36 @@ class TensorCheckpoint(Checkpoint):
             values = rows.reshape(-1, *leaf.unit[1:])[(slice(None), *index[1:])]
             out[(a - begin) // per_item : (b - begin) // per_item] = values
 
+    def coded(self, path: str, layer: int | None, start: int, stop: int) -> Weight | None:
+        leaf, front = self._by_path[path], () if layer is None else (layer,)
+        if len(leaf.shape) - len(leaf.unit) > len(front):  # a tensor for each expert
+            each = [self._coded(leaf, (*front, expert), 0, leaf.unit[0]) for expert in range(start, stop)]
+            if None in each:
+                return None
+            return stacked(each, f"{self.source}: experts of layer {layer}")
+        return self._coded(leaf, front, start, stop)
+
+    def _coded(self, leaf: Leaf, unit: tuple[int, ...], start: int, stop: int) -> Weight | None:
+        per_item = math.prod(leaf.unit[1 : leaf.row_axes])
+        tensor = self._tensors[leaf.tensor.format(*unit)]
+        weight = tensor.coded(leaf.first_row + start * per_item, leaf.first_row + stop * per_item)
+        if weight is None:
+            return None
+        outer, inner = (stop - start, *leaf.unit[1 : leaf.row_axes]), leaf.unit[leaf.row_axes :]
+        return weight.of_matrix(outer, inner)
+
     def write_assets(self, folder: Path) -> None:
         copy_assets(self.source, folder)
+
+
+def stacked(weights: Sequence[Any], what: str) -> Any:
+    """Weights, or arrays, as one with an axis of them in front. Raises InputError unless they are all coded alike."""
+    import jax
+
+    arrays, kinds = zip(*(jax.tree.flatten(weight) for weight in weights), strict=True)
+    if len(set(kinds)) > 1:
+        raise InputError(f"{what} are not all quantised alike, which is not supported; use a file where they are.")
+    return kinds[0].unflatten([np.stack(each) for each in zip(*arrays, strict=True)])
 
 
 def first_of(names: Sequence[str]) -> str:

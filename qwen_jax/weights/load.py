@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,22 +15,32 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.weights._files import progress_bar
 from qwen_jax.weights.checkpoint import Checkpoint, Index, blocks
-from qwen_jax.weights.names import leaves
+from qwen_jax.weights.names import Leaf, leaves
 
 if TYPE_CHECKING:
+    import jax
+
+    from qwen_jax.leaves import Weight
     from qwen_jax.tokenizer import Tokenizer
 
 Params = dict[str, Any]
 
 
 def load_params(
-    checkpoint: Checkpoint, dtype: Any = None, shardings: Mapping[str, Any] | None = None, *, progress: bool = True
+    checkpoint: Checkpoint,
+    dtype: Any = None,
+    shardings: Mapping[str, Any] | None = None,
+    *,
+    dequantise: bool = True,
+    progress: bool = True,
 ) -> Params:
     """The parameter tree as jax.Arrays, layers stacked.
 
     `dtype` casts every leaf (default: as stored; bfloat16 for GGUF). `shardings` is a tree of jax.sharding.Sharding
     like the parameters (default: everything on the first device). Leaf by leaf, each process reads only the slices that
-    its own devices hold, so the host never holds the whole model beside them.
+    its own devices hold, so the host never holds the whole model beside them. Without `dequantise`, what the checkpoint
+    holds quantised stays so, as weights (`qwen_jax.leaves`) that stand for arrays of `dtype`; layers are then apart,
+    for each may be quantised in its own way.
     """
     import jax
 
@@ -38,21 +48,95 @@ def load_params(
     dtypes = {path: np.dtype(dtype) if dtype is not None else stored for path, stored in checkpoint.dtypes.items()}
     total = sum(math.prod(leaf.shape) * dtypes[leaf.path].itemsize for leaf in checkpoint.leaves)
     params: Params = {}
+    layers: list[Params] = [{} for _ in range(0 if dequantise else checkpoint.config.num_layers)]
     workers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool, progress_bar("loading", total, show=progress) as advance:
         for leaf in checkpoint.leaves:
             sharding = get_leaf(shardings, leaf.path) if shardings is not None else default
-            holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
-            for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-                bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))
-                holders.setdefault(bounds, []).append(device)
-            shards = []
-            for bounds, devices in holders.items():
-                host = _read_shard(checkpoint, leaf.path, bounds, dtypes[leaf.path], pool)
-                shards += [jax.device_put(host, device) for device in devices]
-            put_leaf(params, leaf.path, jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards))
-            advance(math.prod(leaf.shape) * dtypes[leaf.path].itemsize)
+            dtype = dtypes[leaf.path]
+            section, _, path = leaf.path.partition("/")
+            if dequantise or section != "layers":
+                weight = None if dequantise else _coded(checkpoint, leaf.path, None, leaf.shape[0], dtype, sharding)
+                if weight is None:
+                    weight = _dense(checkpoint, leaf, dtype, sharding, pool)
+                put_leaf(params, leaf.path, weight)
+            else:
+                dense = None
+                for layer, tree in enumerate(layers):
+                    weight = _coded(checkpoint, leaf.path, layer, leaf.shape[1], dtype, sharding)
+                    if weight is None:
+                        dense = _dense(checkpoint, leaf, dtype, sharding, pool) if dense is None else dense
+                        weight = dense[layer]
+                    put_leaf(tree, path, weight)
+            advance(math.prod(leaf.shape) * dtype.itemsize)
+    if not dequantise:
+        from qwen_jax.unstacked import Unstacked
+
+        params["layers"] = Unstacked(layers)
     return params
+
+
+def _dense(checkpoint: Checkpoint, leaf: Leaf, dtype: np.dtype, sharding: Any, pool: ThreadPoolExecutor) -> Any:
+    import jax
+
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in holders.items():
+        host = _read_shard(checkpoint, leaf.path, bounds, dtype, pool)
+        shards += [jax.device_put(host, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+def _coded(
+    checkpoint: Checkpoint, path: str, layer: int | None, length: int, dtype: np.dtype, sharding: Any
+) -> Weight | None:
+    """A leaf, of one layer if it has layers, as its quantised weight, laid out as its dense array would be; or None.
+
+    length: of its first axis.
+    """
+    import jax
+
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        weight = checkpoint.coded(path, layer, 0, length)
+        return None if weight is None else jax.device_put(weight.astype(dtype), sharding)
+    first = checkpoint.coded(path, layer, 0, 1)
+    if first is None:
+        return None
+    parts = [*sharding.spec, *[None] * first.ndim][layer is not None :]
+    over: dict[str | None, Any] = {None: None} | {str(axis): parts[axis] for axis in range(first.ndim)}
+    read: dict[tuple[int, int], Any] = {}
+
+    def placed(number: int, like: np.ndarray, names: Sequence[str | None]) -> jax.Array:
+        axes = [over[name] for name in names]
+        if names[0] is None:  # the order of inputs, which no row has for itself
+            return jax.make_array_from_callback(like.shape, _fitting(sharding, like.shape, axes), like.__getitem__)
+
+        def piece(index: Any) -> np.ndarray:
+            bounds = index[0].indices(length)[:2]
+            if bounds not in read:
+                read[bounds] = jax.tree.leaves(checkpoint.coded(path, layer, *bounds))
+            return read[bounds][number][(slice(None), *index[1:])]
+
+        shape = (length, *like.shape[1:])
+        return jax.make_array_from_callback(shape, _fitting(sharding, shape, axes), piece)
+
+    arrays, kind = jax.tree.flatten(first.astype(dtype))
+    names = first.axes([str(axis) for axis in range(first.ndim)])
+    return kind.unflatten([placed(*each) for each in zip(range(len(arrays)), arrays, names, strict=True)])
+
+
+def _fitting(sharding: Any, shape: Sequence[int], axes: Sequence[Any]) -> Any:
+    """Over these mesh axes, as far as they divide the shape: groups are fewer than numbers."""
+    import jax
+
+    def fits(size: int, over: Any) -> bool:
+        return size % math.prod(sharding.mesh.shape[axis] for axis in jax.tree.leaves(over)) == 0
+
+    kept = [over if fits(size, over) else None for size, over in zip(shape, axes, strict=True)]
+    return jax.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*kept))
 
 
 def _read_shard(

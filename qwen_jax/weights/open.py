@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from qwen_jax import hf_quantisation
 from qwen_jax.checked import printable, read_json, shown
 from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
@@ -20,6 +21,7 @@ from qwen_jax.local_path import local_path
 from qwen_jax.weights import gguf
 from qwen_jax.weights.checkpoint import BLOCK_BYTES, Checkpoint, TensorCheckpoint, first_of, read_hf_extra
 from qwen_jax.weights.names import leaves
+from qwen_jax.weights.quantised import assemble
 from qwen_jax.weights.safetensors import read_safetensors
 from qwen_jax.weights.stored import StoredTensor
 
@@ -77,7 +79,9 @@ def _download(repo: str) -> Path:
 
 def _open_folder(folder: Path) -> TensorCheckpoint:
     config = load_config(folder)
-    tensors = _folder_tensors(folder)
+    tensors: dict[str, Any] = _folder_tensors(folder)
+    if quantisation := hf_quantisation.parse(read_json(folder / "config.json").get("quantization_config")):
+        tensors = assemble(folder, tensors, quantisation)
     # buffers that old files store; both are functions of the configuration
     tensors = {k: v for k, v in tensors.items() if not k.endswith((".rotary_emb.inv_freq", ".attn.masked_bias"))}
     by_path = {leaf.path: leaf for leaf in leaves(dataclasses.replace(config, tie_word_embeddings=False), "hf")}

@@ -1,7 +1,8 @@
-"""Int8 and LoRA weights against PyTorch with the dense weight that they stand for, alone and in a whole model."""
+"""Int8, grouped and LoRA weights against PyTorch with the dense weight that they stand for, alone and in a model."""
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import torch
 from infer.prepare import prepare
 from qwen_jax.backend import Backend
 from qwen_jax.config import MoeConfig
-from qwen_jax.leaves import Int8, Leaf, Lora, Weight, grouped_matmul, lookup, map_arrays, matmul
+from qwen_jax.leaves import Grouped, Int8, Leaf, Lora, Weight, grouped_matmul, lookup, map_arrays, matmul
 from qwen_jax.model import Inputs, Params, forward, init, logical_axes, unembed
 from qwen_jax.sharding import RULES, MeshConfig, make_mesh
 from tests.infer import tiny
@@ -31,9 +32,33 @@ def make(kind: str, dense: jax.Array, num_in: int = 1, num_front: int = 0) -> Le
     """A weight of that kind near `dense`, with LoRA's b not 0."""
     if kind == "int8":
         return Int8.quantise(dense, num_in)
+    if kind in ("grouped", "ordered", "nf4"):
+        return grouped(kind, dense, num_in, num_front)
     base = Int8.quantise(dense, num_in) if kind == "lora on int8" else dense
+    if kind == "lora on grouped":
+        base = grouped("grouped", dense, num_in, num_front)
     lora = Lora.create(base, 4, 8.0, jax.random.key(3, impl="unsafe_rbg"), num_in=num_in, num_front=num_front)
     return lora.replace(b=0.1 * jnp.sin(jnp.arange(lora.b.size, dtype=jnp.float32)).reshape(lora.b.shape))
+
+
+def grouped(kind: str, dense: jax.Array, num_in: int, num_front: int) -> Grouped:
+    """4 bits with a scale, and but for nf4 a zero, for each 8 inputs, which may lie in another order."""
+    inner, width = dense.shape[dense.ndim - num_in + 1 :], math.prod(dense.shape[dense.ndim - num_in :])
+    codes = dense.reshape(*dense.shape[: dense.ndim - num_in], width)
+    order = None
+    if kind == "ordered":
+        order = jnp.broadcast_to(jnp.arange(width)[::-1] ^ 1, (*dense.shape[:num_front], width))
+        codes = codes[..., order.reshape(-1, width)[0]]
+    codes = codes.reshape(*codes.shape[:-1], -1, 8)
+    low, high = jnp.min(codes, -1), jnp.max(codes, -1)
+    scale = ((high - low) / 15).astype(jnp.float16)
+    zero = jnp.round(-low / scale.astype(jnp.float32)) - 8
+    values = jnp.clip(jnp.round(codes / scale[..., None].astype(jnp.float32)) + zero[..., None], -8, 7)
+    zero = None if kind == "nf4" else zero.astype(jnp.int4)
+    codebook = tuple(np.linspace(-1, 1, 16) ** 3) if kind == "nf4" else None
+    return Grouped(
+        values.astype(jnp.int4), scale, zero, codebook=codebook, order=order, inner=inner, float_dtype=dense.dtype
+    )
 
 
 def stands_for(weight: Leaf, num_front: int = 0) -> np.ndarray:
@@ -41,11 +66,22 @@ def stands_for(weight: Leaf, num_front: int = 0) -> np.ndarray:
     if isinstance(weight, Int8):
         scale = np.asarray(weight.scale, np.float64)
         return np.asarray(weight.values, np.float64) * scale.reshape(*scale.shape, *[1] * (weight.ndim - scale.ndim))
+    if isinstance(weight, Grouped):
+        numbers = np.asarray(weight.values).astype(np.int32)
+        numbers = numbers if weight.codebook is None else np.asarray(weight.codebook, np.float32)[numbers + 8]
+        zero = 0 if weight.zero is None else np.asarray(weight.zero).astype(np.float64)[..., None]
+        flat = (numbers - zero) * np.asarray(weight.scale, np.float64)[..., None]
+        flat = flat.reshape(*flat.shape[:-2], -1)
+        if weight.order is not None:
+            back = np.empty_like(flat)
+            back[..., np.asarray(weight.order).reshape(-1, flat.shape[-1])[0]] = flat
+            flat = back
+        return flat.reshape(weight.shape)
     if isinstance(weight, Lora):
         a, b = np.asarray(weight.a, np.float64), np.asarray(weight.b, np.float64)
         flat_a, flat_b = (x.reshape(-1, *x.shape[num_front:]) for x in (a, b))
         added = np.stack([np.tensordot(y, x, 1) for x, y in zip(flat_a, flat_b, strict=True)]).reshape(weight.shape)
-        return stands_for(weight.base) + weight.scaling * added
+        return stands_for(weight.base, num_front) + weight.scaling * added
     return np.asarray(weight, np.float64)
 
 
@@ -55,12 +91,13 @@ def close(found: Any, wanted: Any, limit: float) -> None:
     assert np.linalg.norm(found - wanted) <= limit * np.linalg.norm(wanted)
 
 
-KINDS = ["int8", "lora", "lora on int8"]
+KINDS = ["int8", "grouped", "ordered", "nf4", "lora", "lora on int8", "lora on grouped"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_in", [1, 2])
-def test_products_are_those_of_the_dense_weight(kind: str, num_in: int) -> None:
+@pytest.mark.parametrize("kernels", ["cpu", "tpu"])
+def test_products_are_those_of_the_dense_weight(kind: str, num_in: int, kernels: Any) -> None:
     rng = np.random.default_rng(num_in)
     weight = make(kind, jnp.asarray(rng.standard_normal((6, 5, 16)), jnp.float32), num_in)
     x = jnp.asarray(rng.standard_normal((3, *weight.shape[-num_in:])), jnp.float32)
@@ -72,7 +109,8 @@ def test_products_are_those_of_the_dense_weight(kind: str, num_in: int) -> None:
     expected.backward(torch.tensor(dy))
 
     close(weight.dense(), dense, 1e-6)
-    y, transposed = jax.vjp(lambda x: matmul(weight, x, num_in), x)
+    with Backend(kernels).entered():
+        y, transposed = jax.vjp(lambda x: matmul(weight, x, num_in), x)
     close(y.reshape(3, -1), expected.detach(), 1e-6)
     (dx,) = transposed(jnp.asarray(dy, jnp.float32).reshape(y.shape))
     assert rows.grad is not None
@@ -152,8 +190,9 @@ def logits(config: Any, params: Params, tokens: jax.Array) -> jax.Array:
     return unembed(config, params, forward(config, params, Inputs.training(tokens)).hidden)
 
 
-def test_a_model_stacked_prepared_and_on_a_mesh() -> None:
-    params = jax.jit(lambda key: adapted("lora on int8", init(CONFIG, key)))(jax.random.key(0))
+@pytest.mark.parametrize("kind", ["lora on int8", "lora on grouped"])
+def test_a_model_stacked_prepared_and_on_a_mesh(kind: str) -> None:
+    params = jax.jit(lambda key: adapted(kind, init(CONFIG, key)))(jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 263, (4, 8)), jnp.int32)
     wanted = logits(CONFIG, jax.jit(dense_of)(params), tokens)
     close(logits(CONFIG, params, tokens), wanted, 1e-5)
