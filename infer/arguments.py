@@ -20,8 +20,8 @@ class ModelArguments:
 
     model: str = "default"
     """`default` (Qwen2.5-Coder-0.5B-Instruct), a local folder, a .gguf file, or a Hugging Face id."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of weights and activations."""
+    dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
+    """Of weights and activations; int8, on CPUs: few-bit weights as stored, activations rounded in products."""
     mesh: str | None = None
     """Split the model over all devices, for example `tensor=4`; default the first device alone."""
 

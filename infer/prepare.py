@@ -20,10 +20,11 @@ from qwen_jax.unstacked import Unstacked
 def prepare(params: Params, backend: Backend, *, dtype: DTypeLike | None = None, donate: bool = False) -> Params:
     """The parameters with every layer in buffers of its own and, for a CPU without a mesh, matrices packed.
 
-    dtype: casts what is floating. The input stays whole, and what needs no change is shared with it; with `donate` it
-    must not be used afterwards: its layers are freed one leaf at a time, so that at most one exists twice. Without
-    `donate` it may be traced, under `jax.jit` say, to reshard parameters from training to decoding. Prepared
-    parameters may be prepared again.
+    dtype: casts what is floating; with native kernels by default to float32, in which they take activations. The input
+    stays whole, and what needs no change is shared with it; with `donate` it must not be used afterwards: its layers
+    are freed one leaf at a time, so that at most one exists twice. Without `donate`, and without native kernels, it may
+    be traced, under `jax.jit` say, to reshard parameters from training to decoding. Prepared parameters may be prepared
+    again.
     """
 
     def cast(leaf: Any) -> Leaf:
@@ -31,8 +32,8 @@ def prepare(params: Params, backend: Backend, *, dtype: DTypeLike | None = None,
         return leaf.astype(dtype) if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     params = unstack(params, donate=donate)
-    if backend.native and current_mesh() is None:
-        params = _native(params, donate)
+    if backend.native:
+        params, dtype = _native(params, donate), dtype or jnp.float32
     params = jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
     return _packed(params) if backend.kernels == "cpu" and current_mesh() is None else params
 
@@ -45,8 +46,11 @@ def _native(params: Params, donate: bool) -> Params:
         if path[-1].key not in ("kernel", "embedding"):
             return leaf
         made = native.pack(leaf, num_in=2 if path[-2].key == "o" else 1)
-        if donate and made is not leaf:
-            jax.tree.map(lambda array: array.delete(), leaf)
+        if donate:
+            kept = set(map(id, jax.tree.leaves(made)))
+            for array in jax.tree.leaves(leaf):
+                if id(array) not in kept and isinstance(array, jax.Array):
+                    array.delete()
         return made
 
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Weight))

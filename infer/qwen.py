@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import numbers
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +26,15 @@ from qwen_jax import chat
 from qwen_jax.backend import Backend
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.kernels import native
 from qwen_jax.model import Params, param_shardings
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.tokenizer import Generation, Tokenizer, check_tokenizer
 from qwen_jax.weights.default_model import cache_folder
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.open import GgufCheckpoint, open_checkpoint
+
+log = logging.getLogger("qwen_jax")
 
 # Tokens between two looks at what the device has produced, while somebody reads along.
 STREAM_STEPS = 4
@@ -52,11 +56,12 @@ class Qwen:
         generation_config: Mapping[str, Any] | None = None,
         mesh: Mesh | None = None,
         *,
+        backend: Backend | None = None,
         donate: bool = False,
     ) -> None:
         """The model holds what `prepare` makes of `params`, which stay the caller's unless `donate`d.
 
-        With a mesh, `params` lie on it as `model.param_shardings` says.
+        With a mesh, `params` lie on it as `model.param_shardings` says. backend: default that of where they lie.
         """
         check_tokenizer(tokenizer, config)
         self.config = config
@@ -64,7 +69,7 @@ class Qwen:
         self.mesh = mesh
         self.generation_config = generation_config or {}
         GenerationConfig.parse(self.generation_config)  # which refuses what cannot be obeyed
-        self.backend = Backend.of(params)
+        self.backend = backend or Backend.of(params)
         with self.entered():
             self.params = prepare(params, self.backend, donate=donate)
         self._generation: Generation = chat.generation_of(config, tokenizer)
@@ -263,12 +268,15 @@ def load(
 ) -> Qwen:
     """Loads "default", a local folder, a .gguf file or a Hugging Face id; caches compiled programs.
 
+    dtype: of weights and activations; or "int8", for CPUs: weights keep the few bits of their file (dense ones become
+    Q8_0) and products round activations to int8, 32 at a time, as llama.cpp does. Where that cannot be, it is bfloat16,
+    and a warning says why.
     dequantise: widen quantised weights to `dtype` as they are read, which takes more memory; default for GGUF alone.
     mesh: how to split the model over all devices, such as "tensor=4", each shard read straight to its device; default
     the first device alone. Raises InputError if the model does not divide.
     """
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise InputError(f"dtype {dtype!r} is not possible; use bfloat16, float16 or float32.")
+    if dtype not in ("bfloat16", "float16", "float32", "int8"):
+        raise InputError(f"dtype {dtype!r} is not possible; use bfloat16, float16, float32 or int8.")
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
     checkpoint = open_checkpoint(model)
@@ -278,7 +286,23 @@ def load(
     if mesh is not None:
         on_mesh = make_mesh(MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh, model=config)
         shardings = param_shardings(config, on_mesh)
-    if dequantise is None:  # GGUF's blocks have no fast product yet
-        dequantise = isinstance(checkpoint, GgufCheckpoint)
-    params = load_params(checkpoint, jnp.dtype(dtype), shardings, dequantise=dequantise, progress=progress)
-    return Qwen(config, params, tokenizer, generation_config, on_mesh, donate=True)
+    backend = None
+    if dtype == "int8":
+        if reason := _why_no_int8(on_mesh):
+            dtype = "bfloat16"
+            log.warning("int8 is not possible, because %s; computing in bfloat16, slower and with more memory.", reason)
+        else:
+            backend = dataclasses.replace(Backend.of(None), native=True)
+    is_gguf = isinstance(checkpoint, GgufCheckpoint)
+    if dequantise is None:  # for GGUF's blocks there is no other fast product
+        dequantise = is_gguf and backend is None
+    # with native kernels dense weights are rounded from what is stored, and GGUF's norms are float32
+    stored = jnp.dtype(dtype) if backend is None else jnp.dtype(jnp.float32) if is_gguf else None
+    params = load_params(checkpoint, stored, shardings, dequantise=dequantise, progress=progress)
+    return Qwen(config, params, tokenizer, generation_config, on_mesh, backend=backend, donate=True)
+
+
+def _why_no_int8(mesh: Mesh | None) -> str | None:
+    if mesh is not None or Backend.of(None).kernels != "cpu":
+        return "its kernels are for one CPU"
+    return native.why_not()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -12,7 +13,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qwen_jax.kernels import native
+from qwen_jax.leaves.blocks import Blocks
+from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.leaves.int8 import Int8
+from qwen_jax.leaves.lora import Lora
 from qwen_jax.leaves.weight import Component, Leaf, Weight
 
 
@@ -27,6 +31,8 @@ class Native(Weight):
     group: int = flax.struct.field(pytree_node=False)
     out_shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
     in_shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    order: Component = None
+    """int32 [in]: which input lies at each place of a row; None: they lie as they are."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,23 +51,29 @@ class Native(Weight):
         return self.lookup(jnp.arange(math.prod(self.out_shape))).reshape(self.shape)
 
     def axes(self, axes: Sequence[str | None]) -> Sequence[Sequence[str | None]]:
-        return [(None, None)]
+        return [(None, None), *([] if self.order is None else [(None,)])]
 
     def matmul(self, x: jax.Array, num_in: int, dtype: DTypeLike) -> jax.Array:
         batch = x.shape[: x.ndim - num_in]
         rows = x.reshape(math.prod(batch), -1).astype(jnp.float32)
+        if self.order is not None:
+            rows = jnp.take(rows, self.order, axis=1)
         return native.library().matmul(rows, [self.kernel])[0].reshape(*batch, *self.out_shape).astype(dtype)
 
     def lookup(self, ids: jax.Array) -> jax.Array:
         inputs = math.prod(self.in_shape)
         rows = native.library().rows(ids.reshape(-1).astype(jnp.int32), self.kernel, inputs)
+        if self.order is not None:
+            rows = jnp.zeros_like(rows).at[:, self.order].set(rows)
         return rows.reshape(*ids.shape, *self.in_shape)
 
 
-def native_mlp(gate: Native, up: Native, down: Native, x: jax.Array) -> jax.Array:
-    """`leaves.swiglu_mlp` in one call; x [B, T, D]."""
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    y = native.library().mlp(rows, gate.kernel, up.kernel, down.kernel)
+def native_mlp(gate: Leaf, up: Leaf, down: Leaf, x: jax.Array) -> jax.Array | None:
+    """`leaves.swiglu_mlp` in one call, or None where these weights do not allow it; x [B, T, D]."""
+    kernels = [w.kernel for w in (gate, up, down) if isinstance(w, Native) and w.order is None]
+    if len(kernels) < 3 or gate.shape[0] % native.BLOCK:
+        return None
+    y = native.library().mlp(x.reshape(-1, x.shape[-1]).astype(jnp.float32), *kernels)
     return y.reshape(x.shape).astype(x.dtype)
 
 
@@ -70,22 +82,40 @@ def pack(weight: Leaf, num_in: int = 1) -> Leaf:
 
     GGUF's blocks stay what they are, and so do groups of int4 and int8 and Int8. What is dense becomes Q8_0.
     """
-    if isinstance(weight, Native):
-        return weight
+    if isinstance(weight, Lora):
+        return weight.replace(base=pack(weight.base, num_in))
     out_shape, in_shape = weight.shape[: weight.ndim - num_in], weight.shape[weight.ndim - num_in :]
     rows, inputs = math.prod(out_shape), math.prod(in_shape)
-    if rows % native.ROWS or inputs % native.BLOCK:
+    if isinstance(weight, Native) or rows % native.ROWS or inputs % native.BLOCK:
         return weight
     library = native.library()
-    if isinstance(weight, Int8):
-        codes = np.asarray(weight.values).reshape(rows, inputs)
-        scale = np.asarray(weight.scale.astype(jnp.float32)).reshape(rows, 1)
-        strips, format = library.pack_groups(codes, scale, np.zeros_like(scale), "INT8"), "INT8"
-        return Native(jnp.asarray(strips), format, inputs // native.BLOCK, out_shape, in_shape)
-    if isinstance(weight, Weight):
-        return weight
-    strips = library.pack_gguf(q8_0(np.asarray(weight.astype(jnp.float32)).reshape(rows, inputs)), "Q8_0")
-    return Native(jnp.asarray(strips), "Q8_0", 1, out_shape, in_shape)
+
+    def groups(codes: Any, scale: Any, offset: Any, format: str, order: Any = None) -> Native:
+        scale = np.asarray(scale, np.float32).reshape(rows, -1)
+        offset = np.asarray(offset, np.float32).reshape(rows, -1) * scale
+        packed = library.pack_groups(np.asarray(codes, np.int8).reshape(rows, inputs), scale, offset, format)
+        return Native(jnp.asarray(packed), format, inputs // scale.shape[1] // native.BLOCK, out_shape, in_shape, order)
+
+    match weight:
+        case Blocks() if weight.format in native.GGUF_INPUTS and weight.order is None:
+            format, blocks = weight.format, np.asarray(weight.blocks)
+            group = native.GGUF_INPUTS[format] // native.BLOCK
+            packed = library.pack_gguf(blocks.reshape(rows, -1, blocks.shape[-1]), format)
+            return Native(jnp.asarray(packed), format, group, out_shape, in_shape)
+        case Grouped(codebook=None) if weight.values.shape[-1] % native.BLOCK == 0:
+            zero = np.zeros(1) if weight.zero is None else np.asarray(weight.zero).astype(np.float32)
+            zero = np.broadcast_to(zero, weight.scale.shape)
+            if weight.values.dtype == jnp.int4:
+                codes = np.asarray(weight.values).astype(np.int8) + np.int8(8)
+                return groups(codes, weight.scale, zero + 8, "INT4", weight.order)
+            if weight.values.dtype == jnp.int8:
+                return groups(weight.values, weight.scale, zero, "INT8", weight.order)
+        case Int8() if weight.values.dtype == jnp.int8:
+            return groups(weight.values, weight.scale, np.zeros(rows), "INT8")
+        case jax.Array():
+            blocks = q8_0(np.asarray(weight.astype(jnp.float32)).reshape(rows, inputs))
+            return Native(jnp.asarray(library.pack_gguf(blocks, "Q8_0")), "Q8_0", 1, out_shape, in_shape)
+    return weight
 
 
 def q8_0(rows: np.ndarray) -> np.ndarray:

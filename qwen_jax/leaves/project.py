@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.backend import current_backend
-from qwen_jax.leaves.native import Native, native_mlp
+from qwen_jax.leaves.native import native_mlp
 from qwen_jax.leaves.packed import Half, Packed, packed_mlp
 from qwen_jax.leaves.weight import Leaf, matmul
 from qwen_jax.sharding import constrain
@@ -30,7 +30,7 @@ def swiglu_mlp(gate: Leaf, up: Leaf, down: Leaf, x: jax.Array) -> jax.Array:
     """down(silu(gate(x)) * up(x)); gate and up [F, D], down [D, F], x [B, T, D]."""
     if isinstance(gate, Half) and isinstance(down, Packed):
         return packed_mlp(gate, down, x)
-    if isinstance(gate, Native) and isinstance(up, Native) and isinstance(down, Native) and gate.shape[0] % 32 == 0:
-        return native_mlp(gate, up, down, x)
+    if (y := native_mlp(gate, up, down, x)) is not None:
+        return y
     hidden = swiglu(project(gate, x), project(up, x))  # [B, T, F]
     return project(down, constrain(hidden, "batch", "sequence", "mlp"))
