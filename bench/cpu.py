@@ -5,6 +5,9 @@ Both sides run in turn and twice, each time in a process of its own, on the same
 here: SDPA attention, inference mode, logits of the last position only, as many threads as cores. Rates are the best of
 all repetitions, so that other work on the machine disturbs both sides least; read the ratios, not the rates.
 
+With `--llama-python` naming an interpreter that has llama-cpp-python (see bench/llama_peer.py), int8 stands beside
+llama.cpp on the same GGUF file, and beside `transformers` in bfloat16.
+
 A mixture of experts stands beside a dense model with as many active parameters, one layer of each in turn: the shape is
 Qwen1.5-MoE's, and one token or eight follow 511 in the cache.
 """
@@ -27,7 +30,7 @@ import tyro
 PROMPT_TOKENS = 512
 NEW_TOKENS = 48
 BATCHES = (1, 8)
-DTYPES = ("float32", "bfloat16")
+EXPERT_DTYPES = ("float32", "bfloat16")
 ROUNDS = 2
 # A prompt is read so many times for each time that it is answered.
 PREFILLS = 4
@@ -39,6 +42,9 @@ class Arguments:
 
     repetitions: int = 3
     """Answers in each round, and a quarter of the prefills; the best counts."""
+    dtypes: tuple[str, ...] = ("int8", "float32", "bfloat16")
+    llama_python: Path | None = None
+    """A Python interpreter with llama-cpp-python, compiled for this processor."""
     json: bool = False
     """Print the measurements as JSON."""
 
@@ -62,14 +68,22 @@ def main(argv: Sequence[str]) -> int:
         return json.loads(done.stdout.splitlines()[-1])
 
     rates: dict[str, dict[str, dict[str, float]]] = {}
-    layers = {dtype: measure("experts", "", dtype) for dtype in DTYPES}
+    layers = {dtype: measure("experts", "", dtype) for dtype in EXPERT_DTYPES if dtype in options.dtypes}
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(Path(temporary) / "model")
         save_hf(open_checkpoint("default"), folder)
-        for dtype in DTYPES:
-            for side in ("ours", "transformers") * ROUNDS:
+        for dtype in options.dtypes:
+            is_int8 = dtype == "int8"
+            peers = ["llama.cpp"] if is_int8 and options.llama_python else []
+            for side in ["ours", "transformers", *peers] * ROUNDS:
                 best = rates.setdefault(dtype, {}).setdefault(side, {})
-                for name, rate in measure(side, folder, dtype).items():
+                if side == "llama.cpp":
+                    found = _llama(str(options.llama_python), options.repetitions)
+                else:
+                    theirs = is_int8 and side == "transformers"
+                    source = "default" if is_int8 and side == "ours" else folder
+                    found = measure(side, source, "bfloat16" if theirs else dtype)
+                for name, rate in found.items():
                     _keep(best, name, rate)
     if options.json:
         print(json.dumps({"rates": rates, "milliseconds of a layer": layers}, indent=2))
@@ -91,12 +105,14 @@ def _print(rates: dict[str, dict[str, dict[str, float]]]) -> None:
 
     table = Table(box=None, header_style="bold", title=f"tok/s on {os.cpu_count()} cores", title_justify="left")
     table.add_column("measurement")
-    for heading in ("dtype", "ours", "transformers", "ratio"):
+    for heading in ("dtype", "ours", "peer", "its rate", "ratio"):
         table.add_column(heading, justify="right")
     for dtype, sides in rates.items():
         for name, ours in sides["ours"].items():
-            theirs = sides["transformers"][name]
-            table.add_row(name, dtype, f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f}")
+            for peer, theirs in sides.items():
+                if peer != "ours" and name in theirs:
+                    row = (f"{ours:.1f}", peer, f"{theirs[name]:.1f}", f"{ours / theirs[name]:.2f}")
+                    table.add_row(name, dtype, *row)
     Console().print(table)
 
 
@@ -164,6 +180,18 @@ def _transformers(folder: str, dtype: str, repetitions: int) -> dict[str, float]
             for _ in range(repetitions + 1):
                 _keep(rates, f"decode batch {batch}", batch * (NEW_TOKENS - 1) / answer(batch, NEW_TOKENS)[1])
     return rates
+
+
+def _llama(python: str, repetitions: int) -> dict[str, float]:
+    from qwen_jax.weights.default_model import default_model
+    from qwen_jax.weights.open import open_checkpoint
+
+    prompt = _prompt(open_checkpoint("default").tokenizer().encode(_text()))
+    script = Path(__file__).with_name("llama_peer.py")
+    numbers = map(str, (NEW_TOKENS, repetitions, os.cpu_count()))
+    command = [python, str(script), str(default_model()), *numbers]
+    done = subprocess.run(command, input=json.dumps(prompt), stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _experts(dtype: str, repetitions: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,31 @@ def test_activations_of_any_kind(library: Library) -> None:
     assert not np.any(y[0])
     np.testing.assert_allclose(y[1], 1e30 * dense.sum(1, dtype=np.float64), rtol=1e-4, atol=1e25)
     assert not np.isfinite(y[2:]).any()
+
+
+@pytest.mark.slow
+def test_another_processor(tmp_path: Path) -> None:
+    """aarch64 with its dot products, emulated."""
+    compiler, emulator = (shutil.which(name) for name in ("aarch64-linux-gnu-gcc", "qemu-aarch64"))
+    if compiler is None or emulator is None:
+        pytest.skip("needs Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user")
+    program, source = tmp_path / "program", Path(__file__).with_name("native_peer.c")
+    flags = ["-march=armv8.2-a+dotprod", "-static", "-I", jax.ffi.include_dir()]
+    flags += [flag for flag in builder.FLAGS if flag not in ("-shared", "-fPIC")]
+    subprocess.run([compiler, *flags, str(source), "-o", str(program), "-lm"], check=True)
+    for format in GGUF_INPUTS:
+        rng = np.random.default_rng(0)
+        blocks = gguf_blocks(format, 48, 512, rng)
+        dense = dequantised(blocks, format)
+        for rows in ROWS:
+            x = rng.standard_normal((rows, 512)).astype(np.float32)
+            command = [emulator, str(program), *map(str, (FORMATS.index(format), 48, 512, rows))]
+            done = subprocess.run(command, input=blocks.tobytes() + x.tobytes(), capture_output=True, check=True)
+            assert done.stderr == b"neon-dotprod"
+            y, weights = np.split(np.frombuffer(done.stdout, np.float32), [rows * 48])
+            exact = rounded(x) @ dense.T.astype(np.float64)
+            assert np.abs(y.reshape(exact.shape) - exact).max() < 1e-6 * np.abs(exact).max()
+            np.testing.assert_array_equal(weights.reshape(dense.shape), dense)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
