@@ -81,9 +81,17 @@ Link = tuple[int, ...]  # coordinates of a chip, side along which the link leads
 class Wires:
     """Where each partition of the program lies in the slice, and in the logical mesh."""
 
-    def __init__(self, topology: Topology, mesh: Mapping[str, int], coordinates: Sequence[Sequence[int]]) -> None:
-        """`coordinates`: of the chip that runs partition i, which is element i of the mesh in row-major order."""
+    def __init__(
+        self,
+        topology: Topology,
+        mesh: Mapping[str, int],
+        coordinates: Sequence[Sequence[int]],
+        slices: Sequence[int] | None = None,
+    ) -> None:
+        """`coordinates`, and `slices`: where the chip lies, and in which slice, that runs partition i, which is element
+        i of the mesh in row-major order."""
         self.topology, self.mesh = topology, dict(mesh)
+        self.slices = slices or [0] * len(coordinates)
         self.coordinates = [tuple(c)[: len(topology.shape)] for c in coordinates]
         self._indices = list(itertools.product(*(range(size) for size in mesh.values())))
 
@@ -95,10 +103,19 @@ class Wires:
             differ |= {i for i, column in enumerate(columns) if len(set(column)) > 1}
         return tuple(name for i, name in enumerate(self.mesh) if i in differ)
 
+    def crosses(self, group: Sequence[int]) -> bool:
+        """Whether members lie in different slices."""
+        return len({self.slices[member] for member in group}) > 1
+
     def group_bandwidth(self, group: Sequence[int]) -> float:
-        """Bytes per second that every member can send and receive at once: 2 links a side that is a ring, else 1."""
+        """Bytes per second that every member can send and receive at once: 2 links a side that is a ring, else 1.
+
+        Of a group in several slices, its chip's share of the data centre's network.
+        """
         if self.topology.chip.is_gpu:
             return self.topology.chip.link_bandwidth
+        if self.crosses(group):
+            return self.topology.chip.dcn_bandwidth
         links = 0
         for side, ring, values in zip(
             self.topology.shape,
@@ -113,8 +130,8 @@ class Wires:
 
     def all_to_all_seconds(self, group: Sequence[int], num_bytes: float) -> float:
         """Time in which every member sends `num_bytes` in equal parts to all, limited by the narrowest cut."""
-        if self.topology.chip.is_gpu:
-            return num_bytes / self.topology.chip.link_bandwidth
+        if self.topology.chip.is_gpu or self.crosses(group):
+            return num_bytes / self.group_bandwidth(group)
         slowest = 0.0
         for side, ring, values in zip(
             self.topology.shape,
@@ -249,6 +266,8 @@ class _Reader:
             pairs = tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", text[1])) if text else ()
             moved = tuple(pair for pair in pairs if pair[0] != pair[1])
             seconds = size * max(self.route(moved).values(), default=0) / wires.topology.chip.link_bandwidth
+            if any(wires.crosses(pair) for pair in moved):
+                seconds = size / wires.topology.chip.dcn_bandwidth
             return _Collective(kind, wires.axes(moved), size, seconds, largest, channel, source, moved)
         groups = replica_groups(instruction.attributes, len(wires.coordinates))
         n = len(groups[0])

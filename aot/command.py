@@ -13,6 +13,7 @@ import tyro
 from qwen_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from aot.chips import Topology
     from aot.programs import Program
     from qwen_jax.sharding import MeshConfig
 
@@ -28,8 +29,10 @@ class Compile:
 
     model: str = ""
     """a model of `qwen-jax models`, or a folder or config.json file"""
+    experiment: str = ""
+    """instead of a model: an experiment of `qwen-jax train`, as it stands"""
     topology: str = ""
-    """a TPU slice, by its shape or its number of chips: v5p:4x4x8, v5e-16"""
+    """a TPU slice, by its shape or its number of chips: v5p:4x4x8, v5e-16; or several, 2xv5e-256"""
     gpu: str = ""
     """instead of a TPU slice: GPUs of one machine, such as h200 or h200-8"""
     step: Literal["train", "prefill", "decode"] = "train"
@@ -40,8 +43,8 @@ class Compile:
     """rows of the whole slice; by default one for each part of the batch that the mesh makes"""
     sequence: int = 4096
     """tokens per row; for decode, slots of the cache"""
-    remat: Literal["none", "minimal", "dots", "full", "offload"] = "full"
-    """what the backward pass recomputes"""
+    remat: str = "full"
+    """what the backward pass recomputes: none, minimal, dots, full, offload, or a list of what it does not"""
     moments: Literal["float32", "bfloat16", "int8"] = "float32"
     """storage of the optimiser's moments"""
     accumulate: int = 1
@@ -86,12 +89,22 @@ def program_of(options: Compile) -> Program:
     from aot.targets import parse_target
     from qwen_jax.sharding import AXES, RULES, MeshConfig
 
-    if not options.model:
-        raise InputError("say which model to compile, such as --model qwen2.5-7b; `qwen-jax models` lists them.")
+    if bool(options.model) == bool(options.experiment):
+        raise InputError(
+            "say which model to compile, such as --model qwen2.5-7b (`qwen-jax models` lists them), or else which "
+            "--experiment of `qwen-jax train`; not both."
+        )
     if bool(options.topology) == bool(options.gpu):
         raise InputError("give either --topology with a TPU slice, such as v5p:4x4x8 or v5e-16, or --gpu h200-8.")
     gpu = options.gpu if "-" in options.gpu or not options.gpu else f"{options.gpu}-1"
     target = options.topology or gpu
+    if options.experiment:
+        from aot.experiments import program_of as program_of_experiment
+
+        changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+        if others := set(changed) - {"experiment", "topology", "gpu", "json"}:
+            raise InputError(f"--{min(others)} is the experiment's own; leave it out, or name a --model.")
+        return program_of_experiment(options.experiment, target)
     program = Program(
         model=options.model,
         target=target,
@@ -103,22 +116,24 @@ def program_of(options: Compile) -> Program:
         accumulate=options.accumulate,
         weights=options.weights,
     )
-    num_devices = parse_target(target).num_devices
-    mesh = MeshConfig.parse(options.mesh) if options.mesh else default_mesh(program, num_devices)
+    topology = parse_target(target)
+    num_devices = topology.num_devices
+    mesh = MeshConfig.parse(options.mesh) if options.mesh else default_mesh(program, topology)
+    mesh = mesh.for_model(program.config, num_devices, topology.num_slices)
     sizes: dict[str, int] = dict(zip(AXES, mesh.sizes(num_devices), strict=True))
     rows = math.prod(sizes[axis] for axis in RULES.batch) * options.accumulate
     used = tuple((axis, size) for axis, size in sizes.items() if size != 1)
     return dataclasses.replace(program, mesh=used, batch=options.batch or rows)
 
 
-def default_mesh(program: Program, num_devices: int) -> MeshConfig:
-    """For training the library's own choice; for inference as much tensor as divides the model."""
+def default_mesh(program: Program, topology: Topology) -> MeshConfig:
+    """For training that of `qwen-jax train`; for inference as much tensor as divides the model."""
     from qwen_jax.sharding import MeshConfig, check_divides, divisors
 
-    config = program.config
     if program.step == "train":
-        return MeshConfig.auto(config, num_devices)
-    for tensor in reversed(divisors(num_devices)):
+        return MeshConfig()
+    num_devices, config = topology.num_devices, program.config
+    for tensor in reversed(divisors(num_devices // topology.num_slices)):
         sizes = {"data": num_devices // tensor, "fsdp": 1, "tensor": tensor, "context": 1, "expert": 1}
         with contextlib.suppress(InputError):
             check_divides(config, sizes)

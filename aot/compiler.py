@@ -96,7 +96,7 @@ def report(program: Program, path: Path) -> Report:
         refused = OutOfMemory(**out_of_memory, allocations=allocations)
     else:
         memory = Memory(**artifact["memory"])
-        wires = Wires(topology, artifact["mesh"], artifact["coordinates"])
+        wires = Wires(topology, artifact["mesh"], artifact["coordinates"], artifact["slices"])
         found = census(hlo.parse(artifact["hlo"]), wires, program.filled_rows)
         copies = tuple(Allocation(**copy) for copy in artifact["second_copies"])
     return Report(

@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from qwen_jax.layers.sharded_experts import FURTHER_ROUNDS
+
 # --- Text -> instructions ---------------------------------------------------------------------------------------------
 
 _ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16}
@@ -254,7 +256,8 @@ def called_computations(instruction: Instruction) -> list[str]:
 def scheduled(module: Module, name: str | None = None, executions: int = 1) -> Iterator[tuple[Instruction, str, int]]:
     """(instruction, its computation, how often it runs) of everything that is scheduled, loops' bodies included.
 
-    A loop whose length depends on data counts once: figures are then per iteration, as for one decode step.
+    A loop whose length depends on data counts once: figures are then per iteration, as for one decode step. Those of
+    experts that are used very unevenly (`sharded_experts.FURTHER_ROUNDS`) count as none.
     """
     name = module.entry if name is None else name
     computation = module.computations[name]
@@ -262,8 +265,9 @@ def scheduled(module: Module, name: str | None = None, executions: int = 1) -> I
         yield instruction, name, executions
         if instruction.opcode == "while":
             trips = trip_count(module, computation, instruction)
-            body = instruction.called("body") or ""
-            yield from scheduled(module, body, executions * (1 if trips is None else trips))
+            if trips is None:
+                trips = 0 if FURTHER_ROUNDS in instruction.op_name else 1
+            yield from scheduled(module, instruction.called("body") or "", executions * trips)
         elif instruction.opcode in ("call", "conditional"):
             for called in called_computations(instruction):
                 yield from scheduled(module, called, executions)

@@ -14,7 +14,7 @@ from qwen_jax.presets import load_preset
 
 if TYPE_CHECKING:
     import jax
-    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import Mesh
 
 Step = Literal["train", "prefill", "decode"]
 
@@ -24,7 +24,7 @@ class Program:
     """One program: what runs, on which slice, cut up how. Sizes are those of the whole slice."""
 
     model: str
-    """a released model's name, or a folder or config.json file"""
+    """a released model's name, or a folder or config.json file; or the experiment's name"""
     target: str
     """a TPU slice such as v5p:4x4x8 or v5e-16, or a number of GPUs such as h200-8"""
     step: Step
@@ -39,18 +39,24 @@ class Program:
     accumulate: int = 1
     weights: Literal["bfloat16", "int8"] = "bfloat16"
     """of prefill and decode; int8 stores the layers' matrices in one byte per weight"""
+    experiment: bool = False
+    """`model` is an experiment of configs/, whose architecture, objective and optimiser are compiled"""
 
     @property
     def config(self) -> ModelConfig:
+        if self.experiment:
+            from aot.experiments import architecture
+            from train.config import load_experiment
+
+            return architecture(load_experiment(self.model)[0])
         return load_config(self.model) if local_path(self.model).exists() else load_preset(self.model)
 
     @property
     def filled_rows(self) -> float:
         """Share of the rows of experts' buffers that hold a token when all experts are used alike."""
-        moe, devices = self.config.moe, dict(self.mesh).get("expert", 1)
-        if not moe or devices == 1:
-            return 1.0
-        return moe.top_k / (devices * min(moe.top_k, moe.num_experts // devices))
+        from qwen_jax.layers.sharded_experts import ROOM
+
+        return 1 / ROOM if dict(self.mesh).get("expert", 1) > 1 else 1.0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -76,15 +82,20 @@ def lower(program: Program, mesh: Mesh) -> jax.stages.Lowered:
 def _lower_train(program: Program, mesh: Mesh) -> jax.stages.Lowered:
     import jax
 
+    from train.config import load_experiment
     from train.objectives.pretrain import Pretrain
     from train.optimizer import OptimizerConfig
     from train.step import StepConfig, abstract_arguments, jit_train_step
 
     config, rows, length = program.config, program.batch, program.sequence
-    optimizer = OptimizerConfig(moments=program.moments)  # type: ignore[arg-type]
-    settings = StepConfig(remat=program.remat, accumulate=program.accumulate)  # type: ignore[arg-type]
-    arguments = abstract_arguments(config, Pretrain(), optimizer, mesh, rows, length)
-    step = jit_train_step(config, Pretrain(), optimizer, settings, 100_000, mesh, arguments)
+    objective, optimizer, settings, steps = Pretrain(), OptimizerConfig(), StepConfig(), 100_000
+    if program.experiment:
+        run, _ = load_experiment(program.model)
+        objective, optimizer, settings, steps = run.objective, run.optimizer, run.step, run.steps
+    optimizer = dataclasses.replace(optimizer, moments=program.moments)  # type: ignore[arg-type]
+    settings = dataclasses.replace(settings, remat=program.remat, accumulate=program.accumulate)
+    arguments = abstract_arguments(config, objective, optimizer, mesh, rows, length)
+    step = jit_train_step(config, objective, optimizer, settings, steps, mesh, arguments)
     with jax.set_mesh(mesh):
         return step.lower(*arguments)
 
@@ -115,30 +126,39 @@ def _lower_inference(program: Program, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def _inference_params(program: Program, mesh: Mesh) -> Any:
-    """The decoder's parameters: bfloat16, every layer apart; with int8, their matrices in one byte per weight."""
+    """The decoder's parameters: bfloat16, every layer apart; with int8, their matrices as `leaves.Int8`."""
+    import functools
+
     import jax
     import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
+    from jax.sharding import PartitionSpec
 
-    from qwen_jax.model import abstract, param_shardings
+    from qwen_jax.leaves import Int8, map_arrays
+    from qwen_jax.model import abstract, logical_axes
+    from qwen_jax.sharding import activation_sharding, check_divides
     from qwen_jax.unstacked import Unstacked
 
     config = program.config
-    shapes, layouts = abstract(config, jnp.bfloat16), param_shardings(config, mesh)
+    check_divides(config, dict(mesh.shape))
+    shapes, axes = abstract(config, jnp.bfloat16), logical_axes(config)
 
-    def whole(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def laid_out(leaf: Any, names: PartitionSpec) -> Any:
+        def array(part: jax.ShapeDtypeStruct, names: Sequence[str | None]) -> jax.ShapeDtypeStruct:
+            layout = activation_sharding(mesh, part.shape, *names)
+            return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=layout)
 
-    def of_layer(path: Any, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        names = [key.key for key in path]
-        quantised = (
-            program.weights == "int8" and names[-1] in ("kernel", "gate", "up", "down") and "router" not in names
-        )
-        layout = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(leaf.shape[1:], jnp.int8 if quantised else leaf.dtype, sharding=layout)
+        return map_arrays(array, leaf, tuple(names) + (None,) * (leaf.ndim - len(names)))
 
-    layer = jax.tree_util.tree_map_with_path(of_layer, shapes.pop("layers"), layouts.pop("layers"))
-    return jax.tree.map(whole, shapes, layouts) | {"layers": Unstacked([layer] * config.num_layers)}
+    def of_layer(path: Any, leaf: jax.ShapeDtypeStruct, names: PartitionSpec) -> Any:
+        keys = [key.key for key in path]
+        one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        if program.weights == "int8" and keys[-1] in ("kernel", "gate", "up", "down") and "router" not in keys:
+            quantise = functools.partial(Int8.quantise, num_in=2 if keys[-2] == "o" else 1)
+            one = jax.eval_shape(quantise, one)
+        return laid_out(one, PartitionSpec(*names[1:]))
+
+    layer = jax.tree_util.tree_map_with_path(of_layer, shapes.pop("layers"), axes.pop("layers"))
+    return jax.tree.map(laid_out, shapes, axes) | {"layers": Unstacked([layer] * config.num_layers)}
 
 
 def _abstract_cache(program: Program, mesh: Mesh) -> Any:

@@ -58,9 +58,20 @@ class Report:
         return self.topology.num_devices
 
     @property
-    def mfu_ceiling(self) -> float:
-        """Model FLOPs over the FLOPs that the program runs: the utilisation that recomputation leaves possible."""
+    def model_share(self) -> float:
+        """Model FLOPs over the FLOPs that the program runs, which recomputes."""
         return self.model_flops / self.census.flops if self.census and self.census.flops else 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """The longer of compute and HBM, each at its peak, and the links that neither hides: no step is shorter."""
+        exposed = self.census.exposed_seconds if self.census else 0.0
+        return max(self.compute_seconds, self.hbm_seconds) + exposed
+
+    @property
+    def mfu_ceiling(self) -> float:
+        """The model's FLOPs at the chip's peak, over `step_seconds`."""
+        return self.model_flops / self.topology.chip.peak_flops / self.step_seconds if self.step_seconds else 0.0
 
     @property
     def tokens(self) -> int:
@@ -101,8 +112,9 @@ class Report:
             return [f"does not fit: {gib(self.needed)} of {gib(self.topology.chip.hbm_bytes)} GiB"]
         found = []
         if self.program.step == "train":
-            if self.link_seconds > self.compute_seconds:
-                found.append(f"links need {seconds(self.link_seconds)}, compute {seconds(self.compute_seconds)}")
+            for name, needed in (("links", self.link_seconds), ("HBM", self.hbm_seconds)):
+                if needed > self.compute_seconds:
+                    found.append(f"{name} need {seconds(needed)}, compute {seconds(self.compute_seconds)}")
             reduced, scattered = (self.census.over(kind, "fsdp") for kind in ("all-reduce", "reduce-scatter"))
             scattered += self.census.over("collective-permute", "fsdp")
             if reduced > 0.25 * (reduced + scattered):
@@ -133,7 +145,9 @@ class Report:
             result |= {
                 "memory": dataclasses.asdict(self.memory) | {"total": self.memory.total},
                 "census": dataclasses.asdict(self.census) | {"kernels": dict(self.census.kernels)},
+                "model_share": self.model_share,
                 "mfu_ceiling": self.mfu_ceiling,
+                "step_seconds": self.step_seconds,
                 "compute_seconds": self.compute_seconds,
                 "hbm_seconds": self.hbm_seconds,
                 "link_seconds": self.link_seconds,
@@ -249,8 +263,8 @@ def print_report(report: Report, console: Console) -> None:
         + host
     )
     console.print(
-        f"FLOPs        model {report.model_flops / 1e12:.4g} T a chip, program {census.flops / 1e12:.4g} T: "
-        f"MFU at most {report.mfu_ceiling:.0%}"
+        f"FLOPs        model {report.model_flops / 1e12:.4g} T a chip, program {census.flops / 1e12:.4g} T "
+        f"({report.model_share:.0%})"
     )
     limits = {"compute": report.compute_seconds, "HBM": report.hbm_seconds, "links": report.link_seconds}
     slowest = max(limits, key=lambda name: limits[name])
@@ -259,8 +273,10 @@ def print_report(report: Report, console: Console) -> None:
     )
     floor = census.compute_seconds + census.exposed_seconds
     console.print(
-        f"step         at least {seconds(floor)} an operation at a time, of which {seconds(census.exposed_seconds)} "
-        f"waiting for links; {report.tokens / floor / report.num_devices:,.0f} tokens/s a chip at most"
+        f"step         at least {seconds(report.step_seconds)}, of which {seconds(census.exposed_seconds)} waiting for "
+        f"links: MFU at most {report.mfu_ceiling:.0%}, "
+        f"{report.tokens / report.step_seconds / report.num_devices:,.0f} tokens/s a chip; "
+        f"{seconds(floor)} if no operation overlaps another"
     )
     if census.estimated_seconds:
         console.print(

@@ -43,7 +43,8 @@ def load_target(text: str) -> Target:
         return Target("gpu", description.devices, version)
     version = _installed("libtpu", "pip install libtpu (x86-64 Linux; no TPU is needed)")
     try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+        several = {"num_slices": topology.num_slices} if topology.num_slices > 1 else {}
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **several)
     except Exception as error:
         raise InputError(f"libtpu {version} knows no slice {topology.name}: {str(error).splitlines()[0]}") from error
     return Target("tpu", description.devices, version)

@@ -28,7 +28,7 @@ ENVIRONMENT = {
 }
 
 # What a cached artifact was made of besides the lowered program.
-FORMAT = 3
+FORMAT = 4
 
 
 def main() -> int:
@@ -59,6 +59,7 @@ def artifact(program: Any, mode: str, cache: Path, say: Any) -> Path:
     """
     from aot.programs import build_mesh, lower
     from aot.targets import load_target
+    from qwen_jax.compiler_options import training_options
 
     started = time.monotonic()
     target = load_target(program.target)
@@ -66,7 +67,8 @@ def artifact(program: Any, mode: str, cache: Path, say: Any) -> Path:
     mesh = build_mesh(program, target.devices)
     lowered = lower(program, mesh)
     versions = {"jaxlib": importlib.metadata.version("jaxlib"), "compiler": target.version}
-    identity = json.dumps([FORMAT, mode, program.target, versions], sort_keys=True)
+    options = training_options(target.devices[0].device_kind) if program.step == "train" else {}
+    identity = json.dumps([FORMAT, mode, program.target, versions, options], sort_keys=True)
     key = hashlib.sha256((lowered.as_text() + identity).encode()).hexdigest()
     path = cache / f"{key}.json.gz"
     if path.exists():
@@ -79,6 +81,7 @@ def artifact(program: Any, mode: str, cache: Path, say: Any) -> Path:
         "lower_seconds": traced - started,
         "compile_seconds": time.monotonic() - traced,
         "coordinates": [list(getattr(device, "coords", (device.id,))) for device in mesh.devices.flat],
+        "slices": [getattr(device, "slice_index", 0) for device in mesh.devices.flat],
         "mesh": dict(mesh.shape),
     }
     cache.mkdir(parents=True, exist_ok=True)

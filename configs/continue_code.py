@@ -1,7 +1,7 @@
 """Code-Qwen: Qwen-7B continued on 90B tokens of code and text at a context of 8,192.
 
 Command: qwen-jax train continue_code
-Hardware: see docs/tpu.md for memory and meshes.
+Hardware: v5p-32; docs/tpu.md has memory and times.
 Time and result: not run.
 Tokens, context, 3 % of warm-up and then a constant 3e-5 (6e-5 for 14B) are published (arXiv 2309.16609, section 4); the
 batch and the mixture are not, and are ours here.
@@ -12,6 +12,7 @@ from pathlib import Path
 from train.config import TrainConfig
 from train.data.config import DataConfig, SourceConfig
 from train.optimizer import OptimizerConfig
+from train.step import StepConfig
 
 STEPS = 21_458
 
@@ -28,5 +29,6 @@ config = TrainConfig(
     ),
     steps=STEPS,
     optimizer=OptimizerConfig(learning_rate=3e-5, schedule="constant", warmup_steps=round(0.03 * STEPS)),
+    step=StepConfig(remat="minimal", accumulate=8),
     out=Path("runs/continue_code"),
 )

@@ -1,7 +1,7 @@
 """Qwen2.5-Coder, file level: Qwen2.5-7B continued on 5.2T tokens, with fill-in-the-middle, at a context of 8,192.
 
 Command: qwen-jax train continue_coder_fim
-Hardware: see docs/tpu.md for memory and meshes.
+Hardware: v5p-64; docs/tpu.md has memory and times.
 Time and result: not run.
 Tokens, context, RoPE base and code, text and mathematics as 70:20:10 are published (arXiv 2409.12186); the share of
 fill-in-the-middle, batch and learning rate are not, and are ours here.
@@ -12,6 +12,7 @@ from pathlib import Path
 from train.config import TrainConfig
 from train.data.config import DataConfig, SourceConfig
 from train.optimizer import OptimizerConfig
+from train.step import StepConfig
 
 config = TrainConfig(
     model="Qwen/Qwen2.5-7B",
@@ -30,5 +31,6 @@ config = TrainConfig(
     ),
     steps=1_240_000,
     optimizer=OptimizerConfig(learning_rate=1e-4),
+    step=StepConfig(remat="minimal", accumulate=4),
     out=Path("runs/continue_coder_fim"),
 )

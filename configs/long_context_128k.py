@@ -1,7 +1,7 @@
 """Qwen2.5-1M, second of three stages: a context of 131,072 with a RoPE base of 5,000,000.
 
 Command: qwen-jax train long_context_128k
-Hardware: see docs/tpu.md for memory and meshes.
+Hardware: v5p-64; docs/tpu.md has memory and times.
 Time and result: not run. What is published and what is ours: see long_context_64k.py.
 """
 

@@ -1,7 +1,7 @@
 """Qwen2.5-1M, third of three stages: a context of 262,144 with a RoPE base of 10,000,000.
 
 Command: qwen-jax train long_context_256k
-Hardware: see docs/tpu.md for memory and meshes.
+Hardware: v5p-64; docs/tpu.md has memory and times.
 Time and result: not run. What is published and what is ours: see long_context_64k.py.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from configs.long_context_64k import config as first
 from qwen_jax.sharding import MeshConfig
 from train.data.config import LengthShare
+from train.step import StepConfig
 
 LENGTH = 262144
 
@@ -25,6 +26,7 @@ config = dataclasses.replace(
         batch_size=16,
         length_shares=(LengthShare(0.75, min_tokens=LENGTH), LengthShare(0.25, max_tokens=LENGTH)),
     ),
-    mesh=MeshConfig(context=8),
+    step=StepConfig(remat="q,k,v,attention"),
+    mesh=MeshConfig(context=4),
     out=Path("runs/long_context_256k"),
 )

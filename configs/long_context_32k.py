@@ -1,7 +1,7 @@
 """From a context of 4,096 to 32,768: the RoPE base goes from 10,000 to 1,000,000 and three rows in four are long.
 
 Command: qwen-jax train long_context_32k
-Hardware: see docs/tpu.md for memory and meshes.
+Hardware: v5e-16; docs/tpu.md has memory and times.
 Time and result: not run.
 Lengths and bases are those of Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115). They do not say how long the documents
 were; the shares are Qwen3's (arXiv 2505.09388): 75 % of 16,384 to 32,768 tokens, 25 % of 4,096 to 16,384. Batch and
@@ -13,6 +13,7 @@ from pathlib import Path
 from train.config import TrainConfig
 from train.data.config import DataConfig, LengthShare, SourceConfig
 from train.optimizer import OptimizerConfig
+from train.step import StepConfig
 
 config = TrainConfig(
     model="runs/pretrain_0_5b/final",
@@ -34,5 +35,6 @@ config = TrainConfig(
     ),
     steps=25_000,
     optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=200),
+    step=StepConfig(remat="q,k,v,o,attention", accumulate=8),
     out=Path("runs/long_context_32k"),
 )

@@ -1,7 +1,7 @@
 """Qwen2.5-1M, first of three stages: a context of 65,536 with a RoPE base of 1,000,000.
 
 Command: qwen-jax train long_context_64k
-Hardware: see docs/tpu.md for memory and meshes.
+Hardware: v5p-64; docs/tpu.md has memory and times.
 Time and result: not run.
 Lengths, bases and three rows in four at the full length are published (arXiv 2501.15383); Qwen2.5-Turbo took 40 % and
 a base of 10,000,000 (arXiv 2412.15115). Tokens, batch and learning rate are not, and are ours here.
@@ -13,6 +13,7 @@ from qwen_jax.sharding import MeshConfig
 from train.config import TrainConfig
 from train.data.config import DataConfig, LengthShare, SourceConfig
 from train.optimizer import OptimizerConfig
+from train.step import StepConfig
 
 LENGTH = 65536
 
@@ -32,6 +33,7 @@ config = TrainConfig(
     ),
     steps=2_000,
     optimizer=OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_steps=50),
+    step=StepConfig(remat="q,k,v,o,attention", accumulate=2),
     mesh=MeshConfig(context=2),
     out=Path("runs/long_context_64k"),
 )

@@ -1,7 +1,7 @@
 """Qwen2-57B-A14B: 4.5T tokens more, after its 64 experts were made of Qwen2-7B.
 
 Command: make runs/upcycled of Qwen/Qwen2-7B with `qwen-jax upcycle`, then qwen-jax train pretrain_57b_a14b
-Hardware: see docs/tpu.md for memory and meshes.
+Hardware: v5p-64; docs/tpu.md has memory and times.
 Time and result: not run.
 Tokens, 8 of 64 experts and their balance loss of 0.001 are published (arXiv 2407.10671 and the released config); batch
 and learning rate are not, and are ours here.
@@ -29,8 +29,8 @@ config = TrainConfig(
     ),
     steps=1_073_000,
     optimizer=OptimizerConfig(learning_rate=1e-4),
-    step=StepConfig(balance="global-batch"),
-    mesh=MeshConfig(expert=8),
+    step=StepConfig(accumulate=8),
+    mesh=MeshConfig(fsdp=8, expert=8),
     out=Path("runs/pretrain_57b_a14b"),
     checkpoint_every=1000,
 )

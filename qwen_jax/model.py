@@ -9,7 +9,7 @@ K key/value heads, h head width, V vocabulary rows, E experts.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -33,41 +33,11 @@ from qwen_jax.layers.moe import Moe, RouterStats
 from qwen_jax.layers.norm import RMSNorm
 from qwen_jax.layers.rope import rotary_tables
 from qwen_jax.layers.sparse import sparse_budgets
+from qwen_jax.remat import rematerialised
 from qwen_jax.sharding import check_divides, constrain, shardings
 from qwen_jax.unstacked import Unstacked
 
 Params = dict[str, Any]
-
-# What of each layer the backward pass finds again instead of recomputing it, from most memory to least: everything;
-# the projections and the attention's output; the projections; nothing but the layer's input; and that in host memory.
-Remat = Literal["none", "minimal", "dots", "full", "offload"]
-
-
-def rematerialised(function: Any, remat: Remat) -> Any:
-    """`function` under a named rematerialisation policy. Raises InputError for a name that there is not."""
-    policies = jax.checkpoint_policies
-    match remat:
-        case "none":
-            return function
-        case "minimal":
-            policy = policies.save_only_these_names("projection", "attention")
-        case "dots":
-            policy = policies.save_only_these_names("projection")
-        case "full":
-            policy = policies.nothing_saveable
-        case "offload":
-            policy = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
-                names_which_can_be_offloaded=["residual"],
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
-        case _:
-            raise InputError(
-                f"there is no rematerialisation policy {remat!r}; use one of {', '.join(get_args(Remat))}."
-            )
-    # a layer in a scan is not merged with its own recomputation anyway
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
 class Block(nn.Module):
@@ -203,7 +173,7 @@ def forward(
     sparse: bool = False,
     return_layers: bool = False,
     dtype: DTypeLike | None = None,
-    remat: Remat = "none",
+    remat: str = "none",
 ) -> Output:
     """Runs the network.
 
@@ -212,8 +182,9 @@ def forward(
     return_layers: the index of the one token in each row whose hidden state is wanted, as [B, 1, D]; an unrolled last
     layer computes no more. sparse: with a cache, prompts above its threshold read only what `config.sparse_prefill`
     lets each head read, chosen by their last tokens that are no padding. return_layers: return the residual stream
-    after each layer. dtype: of the activations; default the embedding's. remat: what gradients recompute.
-    Raises InputError for inputs that a cache cannot hold, and for tokens alone where that leaves open what is meant.
+    after each layer. dtype: of the activations; default the embedding's. remat: what gradients recompute, see
+    `remat.kept`. Raises InputError for inputs that a cache cannot hold, and for tokens alone where that leaves open
+    what is meant.
     """
     inputs = inputs if isinstance(inputs, Inputs) else _of_tokens(config, inputs)
     x = embed(config, params, inputs, dtype)
@@ -285,7 +256,7 @@ def _layers(
     cache: Cache | None,
     only: jax.Array | None,
     return_layers: bool,
-    remat: Remat,
+    remat: str,
 ) -> tuple[jax.Array, Cache | None, jax.Array | None, RouterStats | None]:
     """The residual stream through all layers, one after the other or scanned; the cache, x after each, the routers'."""
     block, windows = Block(config), config.layer_windows()

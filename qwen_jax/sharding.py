@@ -7,6 +7,7 @@ inside, the layers name the axes of their activations with `constrain`. Without 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,10 @@ AXES = ("data", "fsdp", "tensor", "context", "expert")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, which is all devices that the others leave."""
+    """Sizes of the mesh axes; one of them may be -1, which is all devices that the others leave.
+
+    The default, with no size given, is the mesh that `auto` makes of the model and the devices.
+    """
 
     data: int = 1
     """copies of the model, each with its part of the batch"""
@@ -66,16 +70,22 @@ class MeshConfig:
         return cls(**sizes)
 
     @classmethod
-    def auto(cls, config: ModelConfig, num_devices: int) -> MeshConfig:
+    def auto(cls, config: ModelConfig, num_devices: int, num_slices: int = 1) -> MeshConfig:
         """A mesh to begin with: experts over up to 8 devices, FSDP over up to 32, then tensor, then data.
 
-        One FSDP axis over a whole 3-D torus of 64 chips or more turns its gathers into all-reduces (docs/tpu.md).
+        One FSDP axis over a whole 3-D torus of 64 chips or more turns its gathers into all-reduces (docs/tpu.md). Of
+        several slices each is cut so, with a copy of the model.
         """
-        expert = math.gcd(config.moe.num_experts, num_devices, 8) if config.moe else 1
-        rest = num_devices // expert
+        in_slice = num_devices // num_slices
+        expert = math.gcd(config.moe.num_experts, in_slice, 8) if config.moe else 1
+        rest = in_slice // expert
         fsdp = math.gcd(rest, 32)
         tensor = max(t for t in divisors(rest // fsdp) if t <= 8 and not _tensor_problem(config, t))
-        return cls(data=rest // fsdp // tensor, fsdp=fsdp, tensor=tensor, expert=expert)
+        return cls(data=num_slices * rest // fsdp // tensor, fsdp=fsdp, tensor=tensor, expert=expert)
+
+    def for_model(self, config: ModelConfig, num_devices: int, num_slices: int = 1) -> MeshConfig:
+        """This mesh, or, where no size is given, that of `auto`."""
+        return MeshConfig.auto(config, num_devices, num_slices) if self == MeshConfig() else self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +139,31 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with all five axes over `devices` (default: all of every process), neighbours on the torus side by side.
 
-    Raises InputError if the sizes do not fit the devices or, given one, the model.
+    Several TPU slices lie along `data`. Raises InputError if the sizes do not fit the devices, their slices or, given
+    one, the model; without one, the default sizes are all devices along `fsdp`.
     """
     devices = jax.devices() if devices is None else devices
+    # what TPUs of different slices send each other goes through the data centre's network
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if model is not None:
+        mesh_config = mesh_config.for_model(model, len(devices), num_slices)
     sizes = mesh_config.sizes(len(devices))
     if model is not None:
         check_divides(model, dict(zip(AXES, sizes, strict=True)))
+    said = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1) or "all axes 1"
+    if sizes[0] % num_slices:
+        raise InputError(
+            f"a mesh of {said} does not lie on {num_slices} slices: only gradients may cross from one to another, so "
+            f"data must be a multiple of {num_slices}."
+        )
+    across = (num_slices, *[1] * (len(sizes) - 1))
+    within = (sizes[0] // num_slices, *sizes[1:])
     try:
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        if num_slices > 1:
+            grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+        else:
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     except (NotImplementedError, ValueError) as error:
-        said = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1)
         raise InputError(
             f"a mesh of {said} does not lie on this topology ({str(error).splitlines()[0]}); use sizes that are "
             "products of the topology's own dimensions."
@@ -272,3 +297,33 @@ def gathered(param: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     # a constraint's own gradient would be gathered as well: an all-reduce where a reduce-scatter is enough
     gather.defvjp(lambda x: (gather(x), None), scatter)
     return gather(param)
+
+
+# --- inside a shard_map -----------------------------------------------------------------------------------------------
+
+
+# Side of a square of chips without a ring, over which XLA:TPU sums whole arrays, but along a side their parts.
+SQUARE = 4
+
+
+def scatter_sum(x: jax.Array, axis: str, dimension: int) -> jax.Array:
+    """The sum of `x` over a mesh axis, of which each device keeps its part along `dimension`."""
+    if lax.axis_size(axis) != SQUARE**2:
+        return lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    columns = [[row * SQUARE + column for row in range(SQUARE)] for column in range(SQUARE)]
+    rows = [[row * SQUARE + column for column in range(SQUARE)] for row in range(SQUARE)]
+    for groups in (columns, rows):
+        x = lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True, axis_index_groups=groups)
+    return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather_parts(x: jax.Array, axis: str, dimension: int) -> jax.Array:
+    """The parts of all devices of a mesh axis, one after the other along `dimension`; gradients by `scatter_sum`."""
+    return lax.all_gather(x, axis, axis=dimension, tiled=True)
+
+
+gather_parts.defvjp(
+    lambda x, axis, dimension: (gather_parts(x, axis, dimension), None),
+    lambda axis, dimension, _, cotangent: (scatter_sum(cotangent, axis, dimension),),
+)

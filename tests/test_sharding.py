@@ -11,11 +11,22 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from qwen_jax import sharding
 from qwen_jax.config import DualChunk, ModelConfig, MoeConfig
 from qwen_jax.errors import InputError
 from qwen_jax.model import Inputs, forward, init, param_shardings, unembed
 from qwen_jax.presets import load_preset
-from qwen_jax.sharding import AXES, MeshConfig, Rules, activation_sharding, activation_spec, check_divides, make_mesh
+from qwen_jax.sharding import (
+    AXES,
+    MeshConfig,
+    Rules,
+    activation_sharding,
+    activation_spec,
+    check_divides,
+    gather_parts,
+    make_mesh,
+    scatter_sum,
+)
 
 DENSE = ModelConfig(
     model_type="qwen2",
@@ -160,3 +171,69 @@ def test_auto_meshes_fit_model_and_devices(model: str, num_devices: int) -> None
     config = load_preset(model)
     sizes = MeshConfig.auto(config, num_devices).sizes(num_devices)
     check_divides(config, dict(zip(AXES, sizes, strict=True)))
+
+
+def test_sums_over_a_square_of_chips_leave_the_same_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two stages as in one, and as the gradient of a gather."""
+    mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3, 8)), jnp.float32)
+
+    def parts(x: jax.Array) -> jax.Array:
+        return scatter_sum(x[0], "fsdp", 1)[None]
+
+    def gathered(x: jax.Array) -> jax.Array:
+        return gather_parts(x, "fsdp", 2)
+
+    whole = PartitionSpec("fsdp", None, None)
+    for square in (4, 2):
+        monkeypatch.setattr(sharding, "SQUARE", square)
+        scattered = jax.shard_map(parts, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)(x)
+        np.testing.assert_allclose(jnp.concatenate(list(scattered), axis=1), jnp.sum(x, axis=0), rtol=1e-6, atol=1e-6)
+        split = PartitionSpec(None, None, "fsdp")
+        gather = jax.shard_map(gathered, mesh=mesh, in_specs=split, out_specs=whole, check_vma=False)
+        _, pull = jax.vjp(gather, x[:1])
+        np.testing.assert_allclose(pull(x)[0], jnp.sum(x, axis=0, keepdims=True), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "num_devices", "num_slices", "sizes"),
+    [
+        ("qwen2.5-72b", 512, 2, {"data": 2, "fsdp": 32, "tensor": 8}),
+        ("qwen2.5-7b", 64, 1, {"fsdp": 32, "tensor": 2}),
+        ("qwen2-57b-a14b", 64, 1, {"fsdp": 8, "expert": 8}),
+    ],
+)
+def test_mesh_where_none_is_given(model: str, num_devices: int, num_slices: int, sizes: dict[str, int]) -> None:
+    chosen = MeshConfig().for_model(load_preset(model), num_devices, num_slices)
+    assert chosen == MeshConfig(**({"fsdp": 1} | sizes))
+    assert MeshConfig(tensor=2).for_model(load_preset(model), num_devices, num_slices) == MeshConfig(tensor=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    """A TPU that is not here."""
+
+    slice_index: int
+    x: int
+    y: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return (self.x, self.y, 0)
+
+    @property
+    def id(self) -> int:
+        return self.slice_index * 4 + self.x + 2 * self.y
+
+
+def test_slices_lie_along_data() -> None:
+    """Devices of two slices: copies of the model in each, and nothing else may cross."""
+    devices = [_Chip(slice_index, i % 2, i // 2) for slice_index in (1, 0) for i in range(4)]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(InputError, match="data must be a multiple of 2"):
+        make_mesh(MeshConfig(fsdp=8), devices)

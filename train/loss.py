@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from qwen_jax.sharding import activation_spec, current_mesh
+from qwen_jax.sharding import activation_spec, current_mesh, scatter_sum
 
 # Tokens whose float32 logits a device holds at a time: 0.6 GB at Qwen's vocabulary, enough rows to fill a matrix unit.
 CHUNK = 1024
@@ -220,7 +220,7 @@ def _on_device(
         rest = layout.over_tokens
         if layout.over_width:
             for axis in jax.tree.leaves(layout.over_width):  # one by one, as in `_sharded_lookup`
-                d_head = lax.psum_scatter(d_head, axis, scatter_dimension=1, tiled=True)
+                d_head = scatter_sum(d_head, axis, 1)
             rest = tuple(axis for axis in rest if axis not in jax.tree.leaves(layout.over_width))
         d_head = lax.psum(d_head, rest)
         if layout.scatter_hidden:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers.moe import RouterStats
-from qwen_jax.model import Inputs, Params, Remat, forward
+from qwen_jax.model import Inputs, Params, forward
 from train.batch import TokenBatch
 from train.loss import LossSums, cross_entropy, logprobs
 
@@ -44,11 +44,11 @@ class Models:
     """The models of one micro-batch, by role; every one has the run's architecture."""
 
     def __init__(
-        self, config: ModelConfig, roles: Mapping[str, Role], params: Mapping[str, Params], dtype: str, remat: Remat
+        self, config: ModelConfig, roles: Mapping[str, Role], params: Mapping[str, Params], dtype: str, remat: str
     ) -> None:
         self._config, self._roles, self._params = config, roles, params
         self._dtype = dtype
-        self._remat: Remat = remat
+        self._remat = remat
         self.routers: list[RouterStats] = []
         """Of each pass of a mixture of experts that is trained, for the load-balancing loss that the step adds."""
 

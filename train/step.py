@@ -16,10 +16,11 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qwen_jax.compiler_options import training_options
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.layers.moe import RouterStats, load_balancing_loss
-from qwen_jax.model import Remat
+from qwen_jax.remat import kept
 from train.batch import ArrayOrSpec, TokenBatch, abstract_batch, batch_shardings, micro_batches
 from train.objective import Models, Objective, Term
 from train.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, merge_frozen
@@ -37,8 +38,9 @@ class StepConfig:
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations and matrix products; weights, losses and the update are float32."""
-    remat: Remat = "full"
-    """What the backward pass recomputes: from `none`, the most memory, to `full` and `offload`, the least."""
+    remat: str = "full"
+    """What the backward pass recomputes: from `none`, the most memory, over `minimal`, `dots` and `full` to `offload`,
+    the least; or a list of what it does not, see docs/sharding.md."""
     accumulate: int = 1
     """Micro-batches that a batch is cut into, which run one after the other."""
     balance: Literal["global-batch", "micro-batch"] = "global-batch"
@@ -50,6 +52,7 @@ class StepConfig:
     """A gradient norm above so many times its mean over the last hundred steps is a spike; None sets no limit."""
 
     def __post_init__(self) -> None:
+        kept(self.remat)
         if self.accumulate < 1 or self.skip_nonfinite < 0 or (self.spike is not None and self.spike <= 1):
             raise InputError("accumulate must be at least 1, skip_nonfinite at least 0, and spike above 1 or None.")
 
@@ -157,6 +160,7 @@ def jit_train_step(
         in_shardings=layouts,
         out_shardings=(layouts[0], NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
+        compiler_options=training_options(mesh.devices.flat[0].device_kind),
     )
 
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,14 @@ def base_of(config: TrainConfig) -> Checkpoint | None:
     return open_checkpoint(config.model)
 
 
-def architecture_of(config: TrainConfig, base: Checkpoint | None) -> ModelConfig:
+class HasConfig(Protocol):
+    """A checkpoint, or what knows of one the architecture alone."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+
+def architecture_of(config: TrainConfig, base: HasConfig | None) -> ModelConfig:
     if config.preset:
         return load_preset(config.preset)
     if config.architecture:

@@ -4,6 +4,7 @@ import math
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.layers.param import declare_gathered
 from qwen_jax.leaves import project
@@ -30,7 +31,7 @@ class Linear(nn.Module):
         bias = None
         if self.use_bias:
             bias = declare_gathered(self, "bias", nn.initializers.zeros, self.out_shape, self.out_axes)
-        return project(kernel, x, len(self.in_shape), bias)
+        return checkpoint_name(project(kernel, x, len(self.in_shape), bias), self.name or "")
 
 
 def residual_std(std: float, num_layers: int) -> float:

@@ -1,10 +1,13 @@
 """Mixture of experts: softmax over all experts, then top-k; dropless, as grouped matrix products."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.backend import current_backend
 from qwen_jax.config import MoeConfig
@@ -49,17 +52,61 @@ def expert_mlp(rows: jax.Array, group_sizes: jax.Array, kernels: tuple[Leaf, ...
         return grouped_matmul(kernel, x, group_sizes, dtype)
 
     gate, up, down = kernels
-    return grouped(swiglu(grouped(rows, gate).astype(rows.dtype), grouped(rows, up).astype(rows.dtype)), down)
+    wide = (checkpoint_name(grouped(rows, kernel).astype(rows.dtype), "experts") for kernel in (gate, up))
+    return grouped(swiglu(*wide), down)
 
 
-def routed(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: tuple[Leaf, ...]) -> jax.Array:
-    """sum_k weights[n, k] expert_{chosen[n, k]}(x[n]); x [N, D], chosen and weights [N, k]; float32 [N, D]."""
-    num_experts, top_k = kernels[0].shape[0], chosen.shape[-1]
+def routed(
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    kernels: tuple[Leaf, ...],
+    experts: Callable[..., jax.Array] = expert_mlp,
+    parts: int = 1,
+) -> jax.Array:
+    """sum_k weights[n, k] expert_{chosen[n, k]}(x[n]); x [N, D], chosen and weights [N, k]; float32 [N, D].
+
+    experts: what is done with the rows by expert, see `expert_mlp`; it may hand them on where `kernels` are those of
+    one of `parts` of the experts.
+    """
     order = jnp.argsort(chosen.reshape(-1), stable=True)  # rows by expert
-    rows = jnp.take(x, order // top_k, axis=0)  # [N k, D]
-    out = expert_mlp(rows, jnp.bincount(chosen.reshape(-1), length=num_experts), kernels)
-    out = jnp.zeros_like(out).at[order].set(out).reshape(*chosen.shape, -1)  # [N, k, D]
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))  # where each choice's row lies
+    sizes = jnp.bincount(chosen.reshape(-1), length=parts * kernels[0].shape[0])
+    out = _by_token(experts(_by_expert(x, order, place), sizes, kernels), order, place)
+    out = out.reshape(*chosen.shape, -1)  # [N, k, D]
     return jnp.sum(out.astype(jnp.float32) * weights.astype(jnp.float32)[..., None], axis=1)
+
+
+# The gradient of a gather is a sum in no order; these rows are permuted, so that theirs is a gather as well.
+
+
+@jax.custom_vjp
+def _by_expert(x: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
+    """x [N, D] once for each of its k choices, in their `order` [N k]: [N k, D]."""
+    return jnp.take(x, order // (len(order) // len(x)), axis=0)
+
+
+def _by_expert_backward(place: jax.Array, d_rows: jax.Array, num_tokens: int) -> jax.Array:
+    d_rows = jnp.take(d_rows, place, axis=0).reshape(num_tokens, -1, d_rows.shape[1])
+    return jnp.sum(d_rows, axis=1, dtype=jnp.float32).astype(d_rows.dtype)
+
+
+_by_expert.defvjp(
+    lambda x, order, place: (_by_expert(x, order, place), (place, jnp.empty((len(x), 0)))),
+    lambda kept, d_rows: (_by_expert_backward(kept[0], d_rows, len(kept[1])), None, None),
+)
+
+
+@jax.custom_vjp
+def _by_token(rows: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
+    """The way back: rows [N k, D] by expert, in the order of the choices."""
+    return jnp.take(rows, place, axis=0)
+
+
+_by_token.defvjp(
+    lambda rows, order, place: (_by_token(rows, order, place), order),
+    lambda order, d_rows: (jnp.take(d_rows, order, axis=0), None, None),
+)
 
 
 class Experts(nn.Module):

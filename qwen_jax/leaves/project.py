@@ -18,7 +18,7 @@ def project(weight: Leaf, x: jax.Array, num_in: int = 1, bias: jax.Array | None 
     y = matmul(weight, x, num_in, dtype)
     if bias is not None:
         y += bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-    return checkpoint_name(y.astype(x.dtype), "projection")
+    return y.astype(x.dtype)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -32,5 +32,6 @@ def swiglu_mlp(gate: Leaf, up: Leaf, down: Leaf, x: jax.Array) -> jax.Array:
         return packed_mlp(gate, down, x)
     if (y := native_mlp(gate, up, down, x)) is not None:
         return y
-    hidden = swiglu(project(gate, x), project(up, x))  # [B, T, F]
-    return project(down, constrain(hidden, "batch", "sequence", "mlp"))
+    wide = checkpoint_name(project(gate, x), "gate"), checkpoint_name(project(up, x), "up")
+    hidden = constrain(swiglu(*wide), "batch", "sequence", "mlp")  # [B, T, F]
+    return checkpoint_name(project(down, hidden), "down")

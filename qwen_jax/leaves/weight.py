@@ -8,7 +8,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -122,7 +121,7 @@ def gathered_in_shards(weight: Leaf, axes: Sequence[str | None], specs: Any) -> 
         for dimension, (name, over) in enumerate(zip(names, spec, strict=True)):
             if name in sharding.GATHERED:
                 for axis in reversed(jax.tree.leaves(over)):  # one by one: XLA:TPU reduce-scatters over one at a time
-                    array = lax.all_gather(array, axis, axis=dimension, tiled=True)
+                    array = sharding.gather_parts(array, axis, dimension)
         return array
 
     return map_arrays(gather, weight, axes, specs)

@@ -77,7 +77,7 @@ def test_nothing_grew(compiler: Compiler, name: str) -> None:
 def test_program_flops_are_the_models(compiler: Compiler) -> None:
     """With everything recomputed, a training step runs a forward pass more, the head's excepted."""
     for name in ("train v5e fsdp", "train v6e fsdp tensor"):
-        assert 3 / 4 < compiler(PROGRAMS[name]).mfu_ceiling < 0.9
+        assert 3 / 4 < compiler(PROGRAMS[name]).model_share < 0.9
 
 
 def test_fsdp_over_a_whole_torus_is_caught(compiler: Compiler) -> None:

@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import jax
 import pytest
 
-from qwen_jax.config import ModelConfig
+from aot.experiments import architecture
 from qwen_jax.errors import InputError
-from qwen_jax.presets import load_preset
 from qwen_jax.sharding import AXES, RULES
 from train.batch import abstract_batch
-from train.config import TrainConfig, experiments, load_experiment
+from train.config import experiments, load_experiment
 from train.state import abstract_state
 from train.step import make_train_step
-from train.weights import architecture_of
-
-DEFAULT = "qwen2.5-coder-0.5b-instruct"
-
-
-class Base:
-    """A checkpoint of which only the configuration is asked."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-
-
-def start_of(config: TrainConfig) -> ModelConfig:
-    """The architecture of the weights that `model` names: a released model, or what an experiment before it leaves."""
-    if config.model == "default":
-        return dataclasses.replace(
-            load_preset(DEFAULT), tie_word_embeddings=False
-        )  # its GGUF file has a head of its own
-    if config.model == "runs/upcycled":
-        return load_preset("qwen2-57b-a14b")
-    if found := re.fullmatch(r"runs/(\w+)/final", config.model):
-        return model_of(load_experiment(found[1])[0])
-    return load_preset(config.model)
-
-
-def model_of(config: TrainConfig) -> ModelConfig:
-    if config.preset or config.architecture:
-        return architecture_of(config, None)
-    return architecture_of(config, Base(start_of(config)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", experiments())
@@ -62,7 +31,7 @@ def test_an_experiment_loads_and_its_step_builds(name):
     assert set(RULES.batch) == {"data", "fsdp", "expert"}
     assert length % parts["context"] == 0
 
-    model = model_of(config)
+    model = architecture(config)
     assert model.context_length >= length
     state, frozen = abstract_state(model, config.objective, config.optimizer)
     step = make_train_step(model, config.objective, config.optimizer, config.step, config.steps)
@@ -77,7 +46,7 @@ def test_long_context_stages_follow_each_other():
     # arXiv 2501.15383: 4,096, 32,768, 65,536, 131,072, 262,144 and 1e4, 1e6, 1e6, 5e6, 1e7
     names = ["pretrain_0_5b", "long_context_32k", "long_context_64k", "long_context_128k", "long_context_256k"]
     configs = [load_experiment(name)[0] for name in names]
-    models = [model_of(config) for config in configs]
+    models = [architecture(config) for config in configs]
     assert [c.data.sequence_length for c in configs] == [4096, 32768, 65536, 131072, 262144]
     assert [m.rope_theta for m in models] == [1e4, 1e6, 1e6, 5e6, 1e7]
     assert [m.max_position_embeddings for m in models] == [4096, 32768, 65536, 131072, 262144]
