@@ -114,7 +114,9 @@ class Report:
         if self.program.step == "train":
             for name, needed in (("links", self.link_seconds), ("HBM", self.hbm_seconds)):
                 if needed > self.compute_seconds:
-                    found.append(f"{name} need {seconds(needed)}, compute {seconds(self.compute_seconds)}")
+                    found.append(
+                        f"more time for {name}, {seconds(needed)}, than for compute, {seconds(self.compute_seconds)}"
+                    )
             reduced, scattered = (self.census.over(kind, "fsdp") for kind in ("all-reduce", "reduce-scatter"))
             scattered += self.census.over("collective-permute", "fsdp")
             if reduced > 0.25 * (reduced + scattered):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +57,10 @@ def _like(name: str) -> str:
 
 
 # A copy of the model on each slice; as many rows a chip as on one.
-SLICES = (dataclasses.replace(experiments.program_of("pretrain_72b_v5e", "v5e-256"), target="2 x v5e-256"),)
+SLICES = (
+    train("qwen2.5-72b", "2 x v5e-256", 256, 4096, data=2, fsdp=64, tensor=4),
+    train("qwen2.5-72b", "4 x v5p-128", 512, 4096, data=4, fsdp=32, tensor=4, remat="dots"),
+)
 
 # MaxText's published settings: benchmarks/maxtext_trillium_model_configs.py (llama3_1_8b_8192: 4 rows a chip, FSDP, the
 # layer's input and q, k, v and o offloaded) and src/maxtext/configs/tpu/v5p/llama2_70b.sh (4 rows a chip, FSDP,

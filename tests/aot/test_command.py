@@ -7,14 +7,15 @@ import sys
 
 import pytest
 
-from aot import hlo
+from aot import experiments, hlo
+from aot.census import Census, Collectives
 from aot.chips import GIB, parse_topology
 from aot.command import Compile, program_of
-from aot.memory import blocks, parse_out_of_memory, second_copies
+from aot.memory import Memory, blocks, parse_out_of_memory, second_copies
 from aot.programs import Program
 from aot.report import Report, advice, refusal, short_name
 from aot.search import candidates, meshes, step_times
-from aot.table import DECODING, PEERS, TRAINING, label
+from aot.table import DECODING, PEERS, SLICES, TRAINING, label
 from aot.targets import parse_target
 from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
@@ -38,7 +39,16 @@ def test_names_of_slices(text: str, name: str, chips: int, cloud: str) -> None:
     assert (topology.name, topology.num_chips, topology.accelerator_type) == (name, chips, cloud)
 
 
-@pytest.mark.parametrize("text", ["v5e", "v5e-5", "v9x-4", "v5e:2x2x2", "v5p:4x4", "v5p:0x4x4", ""])
+def test_several_slices() -> None:
+    topology = parse_topology("4 x v5p:4x4x8")
+    assert (topology.name, topology.slice_name) == ("4 x v5p:4x4x8", "v5p:4x4x8")
+    assert (topology.num_chips, topology.accelerator_type) == (512, "v5p-256")
+    assert parse_topology("2xv5e-256").num_slices == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["0xv5e-4", "2xtpu7x-8", "v5e", "v5e-5", "v9x-4", "v5e:2x2x2", "v5p:4x4", "v5p:0x4x4", ""]
+)
 def test_slices_that_are_none(text: str) -> None:
     with pytest.raises(InputError):
         parse_topology(text)
@@ -133,6 +143,17 @@ def test_what_is_in_memory_twice() -> None:
     assert [copy.shape for copy in second_copies(found, module)] == ["bf16[2048,1024]", "bf16[8,512,128]"]
 
 
+def test_no_step_is_shorter_than_its_compute_or_its_memory_traffic() -> None:
+    """On v5e, 197 TFLOP/s and 819 GB/s: a second of the one, two of the other, and half a second of waiting."""
+    program = Program("qwen2.5-7b", "v5e-4", "train", 4, 4096, (("fsdp", 4),))
+    waits = Collectives("all-reduce", ("fsdp",), 1, 0, 0.5, 0.0, "", "")
+    found = Census((waits,), 197e12, 2 * 819e9, 2.5, 0.0, {}, 0)
+    report = Report(program, parse_target("v5e-4"), Memory(1, 0, 0, 0), found, None, (), 0.0, 0.0, {})
+    assert report.step_seconds == pytest.approx(2.5)
+    assert report.mfu_ceiling == pytest.approx(report.model_flops / 197e12 / 2.5)
+    assert report.problems == ["more time for HBM, 2 s, than for compute, 1 s"]
+
+
 def report_of(program: Program, message: str) -> Report:
     return Report(program, parse_target(program.target), None, None, parse_out_of_memory(message), (), 0.0, 0.0, {})
 
@@ -173,6 +194,21 @@ def test_program_of_the_options() -> None:
     assert Program.from_json(program.to_json()) == program
 
 
+def test_an_experiment_is_compiled_as_it_stands() -> None:
+    program = program_of(Compile(experiment="pretrain_72b", topology="v5p-128"))
+    assert (program.batch, program.accumulate, program.remat) == (1024, 8, "dots")
+    assert program.mesh == (("fsdp", 32), ("tensor", 4))
+    assert program.config.num_layers == 80 and program.config.rope_theta == 10_000
+    assert Program.from_json(program.to_json()) == program
+
+
+def test_slices_are_those_that_a_docstring_names() -> None:
+    text = "Qwen on v5e-4.\n\nHardware: v5p-64, v5e:4x4 or 2 x v5e-256; see v6e.\nTime: on v6e-8."
+    assert experiments.slices(text) == ["v5p-64", "v5e:4x4", "2 x v5e-256"]
+    named = {program.model for program in experiments.programs()}
+    assert {"pretrain_72b", "pretrain_72b_v5e", "pretrain_57b_a14b", "pretrain_0_5b"} <= named
+
+
 def test_default_mesh_of_inference_is_as_much_tensor_as_divides() -> None:
     program = program_of(Compile(model="qwen2.5-7b", topology="v5e-8", step="decode"))
     assert program.mesh == (("data", 2), ("tensor", 4))  # 28 heads
@@ -182,6 +218,8 @@ def test_default_mesh_of_inference_is_as_much_tensor_as_divides() -> None:
     ("options", "said"),
     [
         (Compile(topology="v5e-4"), "which model"),
+        (Compile(model="qwen2.5-7b", experiment="pretrain_7b", topology="v5p-64"), "not both"),
+        (Compile(experiment="pretrain_7b", topology="v5p-64", batch=4), "--batch is the experiment's own"),
         (Compile(model="qwen2.5-7b"), "--topology"),
         (Compile(model="qwen2.5-7b", topology="v5e-4", gpu="h200"), "either"),
         (Compile(model="qwen2.5-7b", topology="v5e-4", mesh="rows=4"), "rows=4"),
@@ -232,7 +270,9 @@ def test_step_times_of_fsdp_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "program", [*TRAINING, *DECODING, *PEERS], ids=lambda p: f"{label(p)}-{p.target}-{p.batch}-{p.sequence}"
+    "program",
+    [*experiments.programs(), *TRAINING, *SLICES, *DECODING, *PEERS],
+    ids=lambda p: f"{label(p)}-{p.target}-{p.batch}-{p.sequence}",
 )
 def test_rows_lie_on_their_slices(program: Program) -> None:
     """Mesh sizes multiply to the devices, and divide the batch and the model."""

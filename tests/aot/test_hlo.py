@@ -92,6 +92,41 @@ def test_traffic_counts_the_slice_of_a_stacked_weight() -> None:
     assert gathered < found.hbm_bytes < 3 * gathered
 
 
+def test_what_crosses_slices_goes_at_the_networks_rate() -> None:
+    """Two slices of 4 chips: data over both, fsdp within one; 1 MB summed over each."""
+    topology = parse_topology("2 x v5e:2x2")
+    corners = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    wires = Wires(topology, {"data": 2, "fsdp": 4}, corners * 2, [0] * 4 + [1] * 4)
+    text = """ENTRY %main (x: f32[250000]) -> f32[250000] {
+  %x = f32[250000]{0} parameter(0)
+  %inner = f32[250000]{0} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, channel_id=1
+  ROOT %outer = f32[250000]{0} all-reduce(%inner), replica_groups={{0,4},{1,5},{2,6},{3,7}}, channel_id=2
+}
+"""
+    found = {c.axes: c for c in census(hlo.parse(text), wires).collectives}
+    assert found["fsdp",].link_seconds == pytest.approx(2 * 1e6 * 3 / 4 / (2 * 50e9))
+    assert found["data",].link_seconds == pytest.approx(1e6 / 3.125e9)
+
+
+def test_rounds_that_a_step_does_not_enter_count_as_none() -> None:
+    """A loop whose length depends on data runs once, but for the further rounds of a mixture."""
+    loop = """%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %s = (s32[], f32[8]) parameter(0)
+}
+%condition (t: (s32[], f32[8])) -> pred[] {
+  %t = (s32[], f32[8]) parameter(0)
+  ROOT %go = pred[] custom-call(%t), custom_call_target="go"
+}
+ENTRY %main (x: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = (s32[], f32[8]) parameter(0)
+  ROOT %w = (s32[], f32[8]) while(%x), condition=%condition, body=%body, metadata={op_name="jit(f)/NAME/while"}
+}
+"""
+    for name, executions in (("decode", 1), (hlo.FURTHER_ROUNDS, 0)):
+        ran = {instruction.name: n for instruction, _, n in hlo.scheduled(hlo.parse(loop.replace("NAME", name)))}
+        assert ran["s"] == executions
+
+
 # --- lines of HLO -----------------------------------------------------------------------------------------------------
 
 
