@@ -77,8 +77,9 @@ def _compile(command: list[str], flags: Sequence[str], library: Path, scratch: P
             [*command, *flags, *paths], env=environment, check=True, capture_output=True, text=True, timeout=600
         )
     except (subprocess.SubprocessError, OSError) as error:
-        lines = [line for line in (getattr(error, "stderr", None) or str(error)).splitlines() if "error" in line]
-        reason = lines[0].strip() if lines else f"exit status {getattr(error, 'returncode', '?')}"
+        said = (getattr(error, "stderr", None) or "").strip().splitlines()
+        lines = [line for line in said if "error" in line] or said[-1:]
+        reason = lines[0].strip() if lines else f"exit status {getattr(error, 'returncode', 'none')}"
         raise Unavailable(f"`{shlex.join(command[:1])}` cannot compile them ({reason})") from None
 
 

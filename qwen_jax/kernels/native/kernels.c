@@ -310,7 +310,30 @@ static void take_part(work* w) {
       if (turns < 4096) PAUSE(); else sched_yield();
   }
 }
-static void helper(void* w) { take_part(w); leave(w); }
+
+// A thread of XLA's that has helped waits a moment for the next call, which comes soon in decoding: waking it again
+// takes as long as a small product. Each waiting thread has a seat: 0 is free, WAITING, or the work it is given.
+enum { SEATS = 64, WAITING = 1, TURNS = 2048 };
+static struct { _Alignas(64) _Atomic(uintptr_t) state; } seats[SEATS];
+
+static int swapped(int seat, uintptr_t from, uintptr_t to) {
+  return atomic_compare_exchange_strong(&seats[seat].state, &from, to);
+}
+
+static void helper(void* given) {
+  work* w = given;
+  int seat = -1;
+  while (w) {
+    take_part(w);
+    leave(w);
+    w = NULL;
+    if (seat >= 0) atomic_store(&seats[seat].state, WAITING);
+    else for (int i = 0; i < SEATS && seat < 0; i++) if (swapped(i, 0, WAITING)) seat = i;
+    if (seat < 0) return;
+    for (int turns = 0; turns < TURNS && atomic_load(&seats[seat].state) == WAITING; turns++) PAUSE();
+    if (!swapped(seat, WAITING, 0)) w = (work*)atomic_load(&seats[seat].state);
+  }
+}
 
 static void ignore(const XLA_FFI_CallFrame* c, XLA_FFI_Error* error) {
   XLA_FFI_Error_Destroy_Args a = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
@@ -327,11 +350,12 @@ static int num_threads(const XLA_FFI_CallFrame* c) {
 
 // Runs and frees w. A thread that comes late may hold it longer than this call, so nothing of it is on the stack.
 static void run(const XLA_FFI_CallFrame* c, work* w, int threads) {
-  atomic_store(&w->users, 1);
-  for (int t = 1; t < threads; t++) {
+  atomic_store(&w->users, threads);
+  int helpers = 1;
+  for (int i = 0; i < SEATS && helpers < threads; i++) helpers += swapped(i, WAITING, (uintptr_t)w);
+  for (; helpers < threads; helpers++) {
     XLA_FFI_ThreadPool_Schedule_Args a = {.struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, .ctx = c->ctx,
                                           .task = helper, .data = w};
-    atomic_fetch_add(&w->users, 1);
     XLA_FFI_Error* error = c->api->XLA_FFI_ThreadPool_Schedule(&a);
     if (error) leave(w);
     ignore(c, error);
