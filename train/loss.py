@@ -6,15 +6,19 @@ Letters: B batch, T tokens of a row, D model width, V vocabulary, N tokens of on
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from qwen_jax.sharding import activation_spec, current_mesh, scatter_sum
+from qwen_jax.layers.embedding import AXES
+from qwen_jax.leaves import Leaf, map_arrays, matmul, rounded
+from qwen_jax.sharding import GATHERED, activation_spec, current_mesh, scatter_sum
 
 # Tokens whose float32 logits a device holds at a time: 0.6 GB at Qwen's vocabulary, enough rows to fill a matrix unit.
 CHUNK = 1024
@@ -31,7 +35,7 @@ class LossSums(flax.struct.PyTreeNode):
 
 def cross_entropy(
     hidden: jax.Array,
-    head: jax.Array,
+    head: Leaf,
     targets: jax.Array,
     loss_mask: jax.Array,
     *,
@@ -40,60 +44,59 @@ def cross_entropy(
 ) -> LossSums:
     """Sums of -log softmax(hidden head^T)[target] + z_loss * logsumexp^2 (PaLM, section 5) where loss_mask counts.
 
-    hidden [B, T, D] in the compute dtype; head [V, D] of any float dtype, cast to it; targets [B, T] int32; loss_mask
-    [B, T] float32, any weights. Logits and sums are float32. The gradient of `loss` is computed in the same pass over
-    the chunks (three matrix products in all, none repeated), the head's accumulated in float32. Under a mesh each
-    device takes chunks of its own tokens against its own rows of the vocabulary, and the head's gradient crosses the
-    mesh once.
+    hidden [B, T, D] in the compute dtype; head [V, D], an array of any float dtype, cast to it, or any kind of weight;
+    targets [B, T] int32; loss_mask [B, T] float32, any weights. Logits and sums are float32. The gradient of `loss` is
+    computed in the same pass over the chunks (three matrix products in all, none repeated; two where nothing of the
+    head is trained), the head's accumulated in float32. Under a mesh each device takes chunks of its own tokens against
+    its own rows of the vocabulary, and the head's gradient crosses the mesh once.
     """
+    head = rounded(head, hidden.dtype)
     return _cross_entropy(hidden, head, targets, loss_mask.astype(jnp.float32), z_loss, chunk)
 
 
 def logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int = CHUNK
+    hidden: jax.Array, head: Leaf, targets: jax.Array, *, temperature: float = 1.0, chunk: int = CHUNK
 ) -> jax.Array:
     """log softmax(hidden head^T / temperature)[target] of each token, float32 [B, T]; differentiable.
 
     hidden [B, T, D], head [V, D] and targets [B, T] as in `cross_entropy`, by the same loop over chunks, which the
     gradient runs a second time.
     """
-    return _logprobs(hidden, head, targets, temperature, chunk)
+    return _logprobs(hidden, rounded(head, hidden.dtype), targets, temperature, chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _cross_entropy(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, loss_mask: jax.Array, z_loss: float, chunk: int
+    hidden: jax.Array, head: Leaf, targets: jax.Array, loss_mask: jax.Array, z_loss: float, chunk: int
 ) -> LossSums:
-    return _on_mesh(hidden, head, targets, loss_mask, _Settings(z_loss, chunk))[0]
+    return _on_mesh(hidden, (None, head), targets, loss_mask, _Settings(z_loss, chunk))[0]
 
 
-def _forward(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, loss_mask: jax.Array, z_loss: float, chunk: int
-) -> tuple[LossSums, Any]:
+def _forward(hidden: Any, head: Any, targets: Any, loss_mask: Any, z_loss: float, chunk: int) -> tuple[LossSums, Any]:
     settings = _Settings(z_loss, chunk, with_gradients=True)
-    sums, gradients, _ = _on_mesh(hidden, head, targets, loss_mask, settings)
-    return sums, (gradients, _empty_like(head))
+    sums, gradients, _ = _on_mesh(hidden.value, _split(head), targets.value, loss_mask.value, settings)
+    return sums, gradients
 
 
-def _backward(_z_loss: float, _chunk: int, residuals: Any, cotangents: LossSums) -> tuple[Any, ...]:
-    (d_hidden, d_head), empty_like_head = residuals
-    scale = cotangents.loss
-    return (d_hidden * scale).astype(d_hidden.dtype), (d_head * scale).astype(empty_like_head.dtype), None, None
+def _backward(_z_loss: float, _chunk: int, gradients: Any, cotangents: LossSums) -> tuple[Any, ...]:
+    d_hidden, d_head = gradients
+    scale = 0.0 if isinstance(cotangents.loss, SymbolicZero) else cotangents.loss
+    return (d_hidden * scale).astype(d_hidden.dtype), jax.tree.map(lambda d: d * scale, d_head), None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, chunk: int) -> jax.Array:
+def _logprobs(hidden: jax.Array, head: Leaf, targets: jax.Array, temperature: float, chunk: int) -> jax.Array:
     settings = _Settings(0.0, chunk, temperature, with_logprobs=True)
-    return _on_mesh(hidden, head, targets, jnp.ones(targets.shape, jnp.float32), settings)[2]
+    return _on_mesh(hidden, (None, head), targets, jnp.ones(targets.shape, jnp.float32), settings)[2]
 
 
-def _logprobs_forward(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, chunk: int
-) -> tuple[jax.Array, Any]:
-    return _logprobs(hidden, head, targets, temperature, chunk), (hidden, head, targets)
+def _logprobs_forward(hidden: Any, head: Any, targets: Any, temperature: float, chunk: int) -> tuple[jax.Array, Any]:
+    whole = jax.tree.map(lambda primal: primal.value, head)
+    residuals = (hidden.value, _split(head), targets.value)
+    return _logprobs(hidden.value, whole, targets.value, temperature, chunk), residuals
 
 
 def _logprobs_backward(temperature: float, chunk: int, residuals: Any, cotangents: jax.Array) -> tuple[Any, ...]:
@@ -101,10 +104,10 @@ def _logprobs_backward(temperature: float, chunk: int, residuals: Any, cotangent
     # the gradient of a sum of -logprobs with these weights, which is what cross-entropy computes
     settings = _Settings(0.0, chunk, temperature, with_gradients=True)
     _, (d_hidden, d_head), _ = _on_mesh(hidden, head, targets, -cotangents, settings)
-    return d_hidden, d_head.astype(head.dtype), None
+    return d_hidden, d_head, None
 
 
-_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
 
 
 class _Settings(NamedTuple):
@@ -115,46 +118,86 @@ class _Settings(NamedTuple):
     with_logprobs: bool = False
 
 
-def _empty_like(head: jax.Array) -> jax.Array:
-    return jnp.empty((0,), head.dtype)  # a residual must be an array, so the dtype travels as one
+def _split(head: Any) -> tuple[Any, Any]:
+    """The head twice, each with None for the arrays of the other: those that need a gradient, and the rest."""
+    trained = jax.tree.map(lambda primal: primal.value if primal.perturbed else None, head)
+    return trained, jax.tree.map(lambda primal: None if primal.perturbed else primal.value, head)
 
 
-def _on_mesh(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, loss_mask: jax.Array, settings: _Settings
-) -> tuple[LossSums, Any, Any]:
-    """(sums, (gradients of hidden and head) or None, log-probabilities [B, T] or None)."""
-    head = head.astype(hidden.dtype)
-    mesh = current_mesh()
-    if mesh is None:
-        return _on_device(hidden, head, targets, loss_mask, settings, None)
-    tokens = activation_spec(mesh, targets.shape, "batch", "sequence")
-    scattered = activation_spec(mesh, targets.shape, "batch", "residual")
-    over_tokens = tuple(jax.tree.leaves(tuple(tokens)))
-    rows, width = activation_spec(mesh, head.shape, "vocab", "embed")
-    if not set(jax.tree.leaves(width)) <= set(over_tokens):
-        width = None  # those devices have the same tokens, so theirs are not parts of a sum
-    layout = _Layout(over_tokens, rows, width, scattered != tokens)
-    gradients = (PartitionSpec(*scattered, None), PartitionSpec(rows, width)) if settings.with_gradients else None
-    return jax.shard_map(
-        functools.partial(_on_device, settings=settings, layout=layout),
-        in_specs=(PartitionSpec(*tokens, None), PartitionSpec(rows, None), tokens, tokens),
-        out_specs=(PartitionSpec(), gradients, tokens if settings.with_logprobs else None),
-        check_vma=False,
-    )(hidden, head, targets, loss_mask)
+def _merge(trained: Any, rest: Any) -> Leaf:
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, rest, is_leaf=lambda leaf: leaf is None)
+
+
+class _Lies(NamedTuple):
+    """How an array of the head lies on the mesh, and its gradient is summed."""
+
+    whole: PartitionSpec  # as it is multiplied: split along the vocabulary only
+    over: tuple[str, ...]  # mesh axes whose devices each have a part of the sum
+    parts: PartitionSpec  # as its gradient leaves
+    scattered: tuple[tuple[int, str], ...]  # dimensions that the summing splits, over axes of `over`
 
 
 class _Layout(NamedTuple):
     """How the arrays of `_on_device` lie on the mesh."""
 
     over_tokens: tuple[str, ...]  # mesh axes that the tokens are split over
-    over_vocab: Any  # mesh axis or axes that the head's rows are split over, or None
-    over_width: Any  # of `over_tokens`, those that the columns of the head's gradient shall be split over, or None
+    over_vocab: tuple[str, ...]  # mesh axes that the head's rows are split over
     scatter_hidden: bool  # whether the gradient of the hidden states shall be split over `over_vocab` along T
+    trained: Any  # a _Lies for each array of the head that needs a gradient
+
+
+def _on_mesh(
+    hidden: jax.Array,
+    head: tuple[Any, Any],
+    targets: jax.Array,
+    loss_mask: jax.Array,
+    settings: _Settings,
+) -> tuple[LossSums, Any, Any]:
+    """(sums, (gradients of hidden and head) or None, log-probabilities [B, T] or None); head as `_split` gives it."""
+    mesh = current_mesh()
+    if mesh is None:
+        return _on_device(hidden, head, targets, loss_mask, settings, None)
+    whole = _merge(*head)
+    tokens = activation_spec(mesh, targets.shape, "batch", "sequence")
+    scattered = activation_spec(mesh, targets.shape, "batch", "residual")
+    over_tokens = tuple(jax.tree.leaves(tuple(tokens)))
+    over_vocab = tuple(jax.tree.leaves(activation_spec(mesh, whole.shape, *AXES)[0]))
+    lies = map_arrays(functools.partial(_lies, mesh, (*over_tokens, *over_vocab)), whole, AXES)
+    trained, rest = (
+        jax.tree.map(lambda array, its: its if array is not None else None, part, lies, is_leaf=_is_none_or_lies)
+        for part in head
+    )
+    layout = _Layout(over_tokens, over_vocab, scattered != tokens, trained)
+    head_specs = tuple(jax.tree.map(lambda its: its.whole, part, is_leaf=_is_lies) for part in (trained, rest))
+    gradients = None
+    if settings.with_gradients:
+        of_head = jax.tree.map(lambda its: its.parts, trained, is_leaf=_is_lies)
+        gradients = (PartitionSpec(*scattered, None), of_head)
+    return jax.shard_map(
+        functools.partial(_on_device, settings=settings, layout=layout),
+        in_specs=(PartitionSpec(*tokens, None), head_specs, tokens, tokens),
+        out_specs=(PartitionSpec(), gradients, tokens if settings.with_logprobs else None),
+        check_vma=False,
+    )(hidden, head, targets, loss_mask)
+
+
+def _lies(mesh: AbstractMesh, over: tuple[str, ...], array: jax.Array, names: Sequence[str | None]) -> _Lies:
+    """over: mesh axes that tokens or vocabulary are split over."""
+    whole = activation_spec(mesh, array.shape, *(None if name in GATHERED else name for name in names))
+    over = tuple(axis for axis in over if axis not in jax.tree.leaves(tuple(whole)))
+    parts, scattered = list(whole), []
+    for dimension, split in enumerate(activation_spec(mesh, array.shape, *names)):
+        axes = jax.tree.leaves(split)
+        # else those devices have the same tokens, so theirs are not parts of a sum
+        if split != whole[dimension] and set(axes) <= set(over):
+            parts[dimension] = split
+            scattered += [(dimension, axis) for axis in axes]
+    return _Lies(whole, over, PartitionSpec(*parts), tuple(scattered))
 
 
 def _on_device(
     hidden: jax.Array,
-    head: jax.Array,
+    head: tuple[Any, Any],
     targets: jax.Array,
     loss_mask: jax.Array,
     settings: _Settings,
@@ -162,11 +205,12 @@ def _on_device(
 ) -> tuple[LossSums, Any, Any]:
     """One device's tokens against its rows of the vocabulary; without a layout, all tokens and all rows."""
     z_loss, chunk, temperature, with_gradients, with_logprobs = settings
-    num_rows, width = head.shape
+    trained, rest = head
+    num_rows, width = _merge(*head).shape
     num_tokens = targets.size
     num_chunks = -(-num_tokens // chunk)
     size = -(-num_tokens // num_chunks)
-    over_vocab = layout.over_vocab if layout else None
+    over_vocab = layout.over_vocab if layout else ()
     first_row = lax.axis_index(over_vocab) * num_rows if over_vocab else 0
 
     def chunked(x: jax.Array, *rest: int) -> jax.Array:
@@ -178,7 +222,7 @@ def _on_device(
     def step(carry: Any, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, Any]:
         sums, d_head = carry
         h, target, weight = part  # [C, D], [C], [C]
-        logits = _dot(h, head, 1, 1)  # [C, V]
+        logits, gradients_of = jax.vjp(lambda trained, h: matmul(_merge(trained, rest), h), trained, h)  # [C, V]
         logits = logits if temperature == 1 else logits / temperature
         highest = jnp.max(logits, axis=-1)
         highest = lax.pmax(highest, over_vocab) if over_vocab else highest
@@ -202,12 +246,11 @@ def _on_device(
             return (sums, None), (None, of_each)
         of_exp = weight * (1 + 2 * z_loss * log_sum) / total
         d_logits = exp * of_exp[:, None] - jnp.where(is_target, weight[:, None], 0.0)
-        d_logits = (d_logits if temperature == 1 else d_logits / temperature).astype(h.dtype)
-        d_hidden = _dot(d_logits, head, 1, 0).astype(h.dtype)  # [C, D]
-        return (sums, d_head + _dot(d_logits, h, 0, 0)), (d_hidden, of_each)
+        more, d_hidden = gradients_of(d_logits if temperature == 1 else d_logits / temperature)
+        return (sums, jax.tree.map(jnp.add, d_head, more)), (d_hidden, of_each)
 
     parts = (chunked(hidden, width), chunked(targets), chunked(loss_mask))
-    d_head = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
+    d_head = jax.tree.map(jnp.zeros_like, trained) if with_gradients else None
     (sums, d_head), (d_hidden, of_each) = lax.scan(step, (jnp.zeros(4), d_head), parts)
     if layout:
         sums = lax.psum(sums, layout.over_tokens)
@@ -217,12 +260,7 @@ def _on_device(
         return LossSums(*sums), None, of_each
     d_hidden = d_hidden.reshape(-1, width)[:num_tokens].reshape(hidden.shape)
     if layout:
-        rest = layout.over_tokens
-        if layout.over_width:
-            for axis in jax.tree.leaves(layout.over_width):  # one by one, as in `_sharded_lookup`
-                d_head = scatter_sum(d_head, axis, 1)
-            rest = tuple(axis for axis in rest if axis not in jax.tree.leaves(layout.over_width))
-        d_head = lax.psum(d_head, rest)
+        d_head = jax.tree.map(_summed, layout.trained, d_head, is_leaf=_is_lies)
         if layout.scatter_hidden:
             d_hidden = lax.psum_scatter(d_hidden, over_vocab, scatter_dimension=1, tiled=True)
         elif over_vocab:
@@ -230,6 +268,16 @@ def _on_device(
     return LossSums(*sums), (d_hidden, d_head), of_each
 
 
-def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    """float32 product of two matrices, summed over the named axis of each."""
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+def _summed(lies: _Lies, gradient: jax.Array) -> jax.Array:
+    for dimension, axis in lies.scattered:  # one by one, as in `_sharded_lookup`
+        gradient = scatter_sum(gradient, axis, dimension)
+    done = [axis for _, axis in lies.scattered]
+    return lax.psum(gradient, tuple(axis for axis in lies.over if axis not in done))
+
+
+def _is_lies(node: Any) -> bool:
+    return isinstance(node, _Lies)
+
+
+def _is_none_or_lies(node: Any) -> bool:
+    return node is None or _is_lies(node)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers.moe import RouterStats
+from qwen_jax.leaves import Leaf, Weight, rounded
 from qwen_jax.model import Inputs, Params, forward
 from train.batch import TokenBatch
 from train.loss import LossSums, cross_entropy, logprobs
@@ -44,10 +45,16 @@ class Models:
     """The models of one micro-batch, by role; every one has the run's architecture."""
 
     def __init__(
-        self, config: ModelConfig, roles: Mapping[str, Role], params: Mapping[str, Params], dtype: str, remat: str
+        self,
+        config: ModelConfig,
+        roles: Mapping[str, Role],
+        params: Mapping[str, Params],
+        dtype: str,
+        gradient_dtype: str,
+        remat: str,
     ) -> None:
         self._config, self._roles, self._params = config, roles, params
-        self._dtype = dtype
+        self._dtype, self._gradient_dtype = dtype, gradient_dtype
         self._remat = remat
         self.routers: list[RouterStats] = []
         """Of each pass of a mixture of experts that is trained, for the load-balancing loss that the step adds."""
@@ -56,7 +63,7 @@ class Models:
         """Final hidden states [B, T, D] in the compute dtype."""
         out = forward(
             self._config,
-            cast_layers(self._params[role], self._dtype),
+            cast_layers(self._params[role], self._dtype, self._gradient_dtype),
             Inputs.training(batch.tokens, segment_ids=batch.segment_ids, rotary_positions=batch.positions),
             dtype=self._dtype,
             remat=self._remat,
@@ -65,8 +72,8 @@ class Models:
             self.routers.append(out.router)
         return out.hidden
 
-    def head(self, role: str) -> jax.Array:
-        """The output embedding [V, D]."""
+    def head(self, role: str) -> Leaf:
+        """The output embedding [V, D], of whatever kind."""
         return self._params[role]["embed" if self._config.tie_word_embeddings else "lm_head"]["embedding"]
 
     def cross_entropy(self, role: str, batch: TokenBatch, z_loss: float = 0.0) -> LossSums:
@@ -94,14 +101,17 @@ class Objective(abc.ABC):
         and what is reported, of which one is "loss"."""
 
 
-def cast_layers(params: Params, dtype: str) -> Params:
+def cast_layers(params: Params, dtype: str, gradient_dtype: str) -> Params:
     """Matrices of the layers in the compute dtype, so that FSDP gathers those bytes only.
 
     Norms and biases are cast where they are used, if at all, and so are the embedding and the head, whose gradients are
-    thereby summed in float32.
+    thereby summed in float32. Those of what is cast here are of `dtype`, unless `gradient_dtype` is float32.
     """
 
-    def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf if path[-1].key in ("scale", "bias") else leaf.astype(dtype)
+    def cast(path: Any, leaf: Leaf) -> Leaf:
+        if path[-1].key in ("scale", "bias"):
+            return leaf
+        return rounded(leaf, dtype) if gradient_dtype != dtype == "bfloat16" else leaf.astype(dtype)
 
-    return params | {"layers": jax.tree_util.tree_map_with_path(cast, params["layers"])}
+    layers = jax.tree_util.tree_map_with_path(cast, params["layers"], is_leaf=lambda leaf: isinstance(leaf, Weight))
+    return params | {"layers": layers}

@@ -99,7 +99,11 @@ def clip_by_global_norm(clip_norm: float) -> optax.GradientTransformation:
 
 def decays(params: Any) -> Any:
     """True for the leaves of a parameter tree that weight decay acts on."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+
+    def decays(path: Any, _: Any) -> bool:
+        return path_name(path).rpartition("/")[2] not in ("scale", "bias")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 # --- frozen parameters ------------------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ class StepConfig:
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations and matrix products; weights, losses and the update are float32."""
+    gradient_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the gradients of the layers' matrices, as devices sum and exchange them and as they are kept: bfloat16 halves
+    what crosses the wire, as PyTorch's autocast has them; float32 where `compute_dtype` is. Micro-batches add up in
+    float32."""
     remat: str = "full"
     """What the backward pass recomputes: from `none`, the most memory, over `minimal`, `dots` and `full` to `offload`,
     the least; or a list of what it does not, see docs/sharding.md."""
@@ -170,10 +174,14 @@ def make_eval_step(
     """The function (trainable, frozen, batch) -> terms, which changes nothing; terms of batches add up."""
 
     def eval_step(trainable: Roles, frozen: Roles, batch: TokenBatch) -> dict[str, Term]:
-        models = Models(model, objective.roles, merge_frozen(trainable, frozen), step.compute_dtype, step.remat)
-        return objective(models, batch, objective.weights(batch))[1]
+        return objective(_models(model, objective, step, trainable, frozen), batch, objective.weights(batch))[1]
 
     return eval_step
+
+
+def _models(model: ModelConfig, objective: Objective, step: StepConfig, trainable: Roles, frozen: Roles) -> Models:
+    params = merge_frozen(trainable, frozen)
+    return Models(model, objective.roles, params, step.compute_dtype, step.gradient_dtype, step.remat)
 
 
 def _gradients(
@@ -185,7 +193,7 @@ def _gradients(
     non_empty = jnp.sum(jnp.any(parts.segment_ids > 0, axis=(1, 2)), dtype=jnp.float32)
 
     def loss(trainable: Roles, part: TokenBatch, counts: Any) -> tuple[jax.Array, Any]:
-        models = Models(model, objective.roles, merge_frozen(trainable, frozen), step.compute_dtype, step.remat)
+        models = _models(model, objective, step, trainable, frozen)
         total, terms = objective(models, part, weights)
         if model.moe:
             router = jax.tree.map(lambda *stats: sum(stats), *models.routers)

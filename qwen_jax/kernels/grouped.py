@@ -4,7 +4,7 @@ Only for TPUs XLA makes one: for CPUs and GPUs it multiplies every row by every 
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ from qwen_jax.kernels import cpu
 _RAGGED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
 )
+# dy [N, out] and rows [N, in], summed over the rows of each group
+_RAGGED_GRADIENT = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+)
 
 
 def grouped_matmul(weight: jax.Array, rows: jax.Array, group_sizes: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -25,15 +29,35 @@ def grouped_matmul(weight: jax.Array, rows: jax.Array, group_sizes: jax.Array, d
 
     The first group_sizes[0] rows, int32 [E], are group 0's, and so on; rows beyond the groups come out undefined.
     """
-    backend = current_backend()
-    if backend.kernels == "cpu":
-        return _blocked("cpu", dtype, weight, rows, group_sizes)
-    if backend.kernels == "gpu":
+    kernels = _kernels(weight.shape)
+    if kernels:
+        return _blocked(kernels, dtype, weight, rows, group_sizes)
+    return lax.ragged_dot_general(rows, weight, group_sizes, _RAGGED, preferred_element_type=dtype)
+
+
+def kernel_gradient(rows: jax.Array, dy: jax.Array, group_sizes: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """That of `grouped_matmul` to its weight [E, out, in], in `dtype`; rows [N, in], dy [N, out]."""
+    kernels = _kernels((len(group_sizes), dy.shape[1], rows.shape[1]))
+    if kernels == "cpu":
+        return cpu.grouped_gradient(rows, dy, group_sizes).astype(dtype)
+    if kernels == "gpu":
         from qwen_jax.kernels import grouped_gpu
 
-        if grouped_gpu.fits(weight):
-            return _blocked("gpu", dtype, weight, rows, group_sizes)
-    return lax.ragged_dot_general(rows, weight, group_sizes, _RAGGED, preferred_element_type=dtype)
+        return grouped_gpu.grouped_gradient(rows, dy, group_sizes, dtype)
+    return lax.ragged_dot_general(dy, rows, group_sizes, _RAGGED_GRADIENT, preferred_element_type=dtype)
+
+
+def _kernels(shape: tuple[int, ...]) -> Literal["cpu", "gpu"] | None:
+    """Whose kernels multiply with a weight of this shape; None: XLA's own."""
+    match current_backend().kernels:
+        case "cpu":
+            return "cpu"
+        case "gpu":
+            from qwen_jax.kernels import grouped_gpu
+
+            return "gpu" if grouped_gpu.fits(shape) else None
+        case _:
+            return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -52,13 +76,7 @@ def _backward(kernels: str, dtype: DTypeLike, operands: Any, dy: jax.Array) -> t
     dy = dy.astype(rows.dtype)
     d_rows = _product(kernels, weight, dy, group_sizes, rows.dtype, transposed=True)
     d_rows = jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(group_sizes), d_rows, 0)
-    if kernels == "cpu":
-        d_weight = cpu.grouped_gradient(rows, dy, group_sizes)
-    else:
-        from qwen_jax.kernels import grouped_gpu
-
-        d_weight = grouped_gpu.grouped_gradient(rows, dy, group_sizes, weight.dtype)
-    return d_weight.astype(weight.dtype), d_rows, None
+    return kernel_gradient(rows, dy, group_sizes, weight.dtype), d_rows, None
 
 
 def _product(

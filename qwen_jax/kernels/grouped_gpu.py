@@ -22,9 +22,9 @@ from qwen_jax.kernels.row_blocks import block_size, row_blocks
 COLUMNS, DEPTH = 128, 64
 
 
-def fits(weight: jax.Array) -> bool:
+def fits(shape: tuple[int, ...]) -> bool:
     """Whether weights [E, out, in] can be cut into blocks of at least 16, the least that a matrix unit takes."""
-    return all(size % 16 == 0 for size in weight.shape[1:])
+    return all(size % 16 == 0 for size in shape[1:])
 
 
 def grouped_matmul(

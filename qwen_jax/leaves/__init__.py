@@ -7,6 +7,7 @@ from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.lora import Lora
 from qwen_jax.leaves.packed import Packed, PackedExperts, pack_mlp
 from qwen_jax.leaves.project import project, swiglu, swiglu_mlp
+from qwen_jax.leaves.rounded import Rounded, rounded
 from qwen_jax.leaves.weight import (
     Leaf,
     Weight,
@@ -28,6 +29,7 @@ __all__ = [
     "Lora",
     "Packed",
     "PackedExperts",
+    "Rounded",
     "Weight",
     "gathered",
     "gathered_in_shards",
@@ -37,6 +39,7 @@ __all__ = [
     "matmul",
     "pack_mlp",
     "project",
+    "rounded",
     "specs",
     "swiglu",
     "swiglu_mlp",

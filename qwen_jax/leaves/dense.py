@@ -38,19 +38,27 @@ def _forward(
 def _backward(
     num_in: int, dtype: DTypeLike, operands: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Two matrix products of x's dtype, summed in float32, where JAX's own rule would multiply in float32."""
+    """Two matrix products of x's dtype, summed in float32, where JAX's own rule would multiply in float32.
+
+    Both leave in the operand's dtype, which is that in which devices sum and exchange them.
+    """
     kernel, x = operands
     num_batch, num_out = x.ndim - num_in, kernel.ndim - num_in
     dy = dy.astype(x.dtype)
     contracted = (tuple(range(num_batch, dy.ndim)), tuple(range(num_out)))
     dx_dtype = current_backend().product_dtype or x.dtype
     dx = lax.dot_general(dy, kernel, (contracted, ((), ())), preferred_element_type=dx_dtype)
-    batch = tuple(range(num_batch))
-    dkernel = lax.dot_general(dy, x, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
+    dkernel = kernel_gradient(x, dy, num_in, current_backend().product_dtype or kernel.dtype)
     return dkernel.astype(kernel.dtype), dx.astype(x.dtype)
 
 
 _contract.defvjp(_forward, _backward)
+
+
+def kernel_gradient(x: jax.Array, dy: jax.Array, num_in: int, dtype: DTypeLike) -> jax.Array:
+    """That of `matmul` to its kernel [*out, *in], summed in float32, in `dtype`; x [*batch, *in], dy [*batch, *out]."""
+    batch = tuple(range(x.ndim - num_in))
+    return lax.dot_general(dy, x, ((batch, batch), ((), ())), preferred_element_type=dtype)
 
 
 @jax.custom_vjp

@@ -62,8 +62,8 @@ class Lora(Weight):
         product = jnp.tensordot
         for _ in range(self._num_front):
             product = jax.vmap(product, (0, 0, None))
-        base = self.base.dense() if isinstance(self.base, Weight) else self.base
-        return base.astype(jnp.float32) + self.scaling * product(self.b, self.a, 1)
+        base, a, b = (x.dense() if isinstance(x, Weight) else x for x in (self.base, self.a, self.b))
+        return base.astype(jnp.float32) + self.scaling * product(b, a, 1)
 
     def _stretch(self, total: jax.Array | None = None) -> jax.Array | float:
         """[*out]: what each row is multiplied by. The length of rows counts as constant, as in DoRA's section 4.3."""
@@ -83,9 +83,10 @@ class Lora(Weight):
 
     def axes(self, axes: Sequence[str | None]) -> Sequence[Sequence[str | None]]:
         front, inner = tuple(axes[: self._num_front]), tuple(axes[self.b.ndim - 1 :])
-        base = self.base.axes(axes) if isinstance(self.base, Weight) else [axes]
         outer = tuple(axes[: self.b.ndim - 1])
-        return [*base, (*front, None, *inner), (*outer, None), *([] if self.magnitude is None else [outer])]
+        parts = [(self.base, axes), (self.a, (*front, None, *inner)), (self.b, (*outer, None))]
+        parts += [] if self.magnitude is None else [(self.magnitude, outer)]
+        return [each for part, names in parts for each in (part.axes(names) if isinstance(part, Weight) else [names])]
 
     def matmul(self, x: jax.Array, num_in: int, dtype: DTypeLike) -> jax.Array:
         narrow = matmul(self.a, x, num_in).astype(x.dtype)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from qwen_jax.leaves import Int8, Lora
 from qwen_jax.sharding import MeshConfig, make_mesh
 from train.loss import cross_entropy, logprobs
 
@@ -59,7 +60,9 @@ def test_values_and_gradients_equal_torch(chunk, z_loss, weights):
     close(gradients[1], d_head)
     np.testing.assert_allclose(sums.tokens, weights.sum(), rtol=1e-6)
     np.testing.assert_allclose(sums.correct, (weights * (logits.argmax(-1) == TARGETS)).sum(), rtol=1e-6)
-    without = cross_entropy(HIDDEN, HEAD, TARGETS, weights, z_loss=z_loss, chunk=chunk)  # the path without gradients
+    without = cross_entropy(
+        HIDDEN, jnp.asarray(HEAD), TARGETS, weights, z_loss=z_loss, chunk=chunk
+    )  # the path without gradients
     np.testing.assert_allclose(jax.tree.leaves(without), jax.tree.leaves(sums), rtol=1e-6)
 
 
@@ -113,6 +116,63 @@ def test_no_gather_of_tokens_and_one_reduction_of_the_head():
     collectives = [line for line in body if " all-reduce" in line or " all-gather" in line or " reduce-scatter" in line]
     sizes = {line.split("=")[1].split("{")[0].strip() for line in collectives}
     assert sizes and not any(f"{D}]" in size for size in sizes)  # only the softmax's own [C] sums cross inside the loop
+
+
+def make(kind: str):
+    """(a head that is no array, the dense one that it stands for)."""
+    if kind == "int8":
+        head = Int8.quantise(jnp.asarray(HEAD))
+        return head, head.dense()
+    base = Int8.quantise(jnp.asarray(HEAD)) if kind == "lora on int8" else jnp.asarray(HEAD)
+    head = Lora.create(base, 4, 8.0, jax.random.key(1))
+    head = head.replace(b=jnp.asarray(0.1 * np.random.default_rng(1).standard_normal((V, 4), dtype=np.float32)))
+    return head, head.dense()
+
+
+@pytest.mark.parametrize("kind", ["int8", "lora", "lora on int8"])
+@pytest.mark.parametrize(
+    "sizes",
+    [None, dict(fsdp=4, tensor=2), dict(data=2, fsdp=1, tensor=2, context=2), dict(fsdp=1, tensor=8)],
+    ids=str,
+)
+def test_a_head_of_another_kind_trains_as_the_dense_one_it_stands_for(kind, sizes):
+    """What is frozen in it has no gradient; of LoRA's two matrices PyTorch has them by the chain rule."""
+    head, dense = make(kind)
+    expected, d_hidden, d_head, _ = torch_loss(HIDDEN, np.asarray(dense), TARGETS, WEIGHTS, 1e-3)
+
+    def loss(hidden, trained):
+        whole = head.replace(**trained) if trained else head
+        sums = cross_entropy(hidden, whole, TARGETS, WEIGHTS, z_loss=1e-3, chunk=5)
+        of_each = logprobs(hidden, whole, TARGETS, chunk=7)
+        return sums.loss, of_each
+
+    trained = {} if kind == "int8" else {"a": head.a, "b": head.b}
+    with jax.set_mesh(make_mesh(MeshConfig(**(sizes or {"fsdp": 1})), None if sizes else jax.devices()[:1])):
+        (value, of_each), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(HIDDEN, trained)
+        of_logprobs = jax.jit(jax.grad(lambda *given: -jnp.sum(loss(*given)[1] * MASK), argnums=(0, 1)))
+        from_logprobs = of_logprobs(HIDDEN, trained)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    logs = torch.log_softmax(torch.tensor(HIDDEN) @ torch.tensor(np.asarray(dense)).T, -1)
+    np.testing.assert_allclose(of_each, logs.gather(-1, torch.tensor(TARGETS).long()[..., None])[..., 0], atol=1e-5)
+    _, masked_d_hidden, masked_d_head, _ = torch_loss(HIDDEN, np.asarray(dense), TARGETS, MASK, 0.0)
+    for (ours_hidden, ours), of_hidden, of_head in (
+        (gradients, d_hidden, d_head),
+        (from_logprobs, masked_d_hidden, masked_d_head),
+    ):
+        close(ours_hidden, of_hidden, 3e-5)
+        if trained:
+            close(ours["a"], head.scaling * np.asarray(head.b).T @ of_head, 3e-5)
+            close(ours["b"], head.scaling * of_head @ np.asarray(head.a).T, 3e-5)
+
+
+def products(head, trained) -> int:
+    """Multiplications per token of the compiled loss and gradient, in units of V D."""
+    grad = jax.jit(jax.grad(lambda hidden, head: cross_entropy(hidden, head, TARGETS, MASK, chunk=96).loss, trained))
+    return round(grad.lower(HIDDEN, head).compile().cost_analysis()["flops"] / (2 * TARGETS.size * V * D))
+
+
+def test_a_frozen_head_costs_no_gradient():
+    assert products(jnp.asarray(HEAD), (0, 1)) == 3 and products(jnp.asarray(HEAD), 0) == 2
 
 
 def test_logits_never_exist_whole():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
+from qwen_jax.leaves import Int8, Lora
 from qwen_jax.presets import load_preset
 from qwen_jax.sharding import MeshConfig, make_mesh
 from tests.train.tiny import CONFIG, MOE, TIED, full_batch, packed_batch, parameters, start, transformers_model
 from train.loop import signals
 from train.objectives.pretrain import Pretrain
-from train.optimizer import OptimizerConfig
-from train.state import abstract_state
+from train.optimizer import OptimizerConfig, path_name
+from train.state import abstract_state, new_state
 from train.step import Signals, StepConfig, abstract_arguments, jit_train_step, make_eval_step, make_train_step
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
@@ -152,6 +154,78 @@ def test_bfloat16_keeps_float32_weights_and_is_close():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.trainable)} == {"float32"}
     np.testing.assert_allclose(metrics["loss"], metrics32["loss"], rtol=2e-3)
     np.testing.assert_allclose(metrics["grad_norm"], metrics32["grad_norm"], rtol=2e-2)
+
+
+def bfloat16_share(gradient) -> float:
+    """Of the entries that are exact bfloat16 numbers, but for what Adam's 0.1 rounds."""
+    x = np.asarray(gradient)
+    rounded = x.astype(jnp.bfloat16).astype(np.float32)
+    return float(np.mean(np.abs(x - rounded) <= 2e-7 * np.abs(x)))
+
+
+@pytest.mark.parametrize(
+    "config, accumulate", [(CONFIG, 1), (CONFIG, 2), (MOE, 1)], ids=["dense", "micro-batches", "moe"]
+)
+def test_gradients_are_of_one_dtype(config, accumulate):
+    """As they are summed and kept; micro-batches, and what is not of the layers, add up in float32."""
+    batch, found = packed_batch(4, 32), {}
+    for dtype in ("bfloat16", "float32"):
+        step = StepConfig(gradient_dtype=dtype, accumulate=accumulate)
+        state, _ = one_step(config, batch, step, MOMENT)
+        found[dtype] = gradients(state)
+        layers = jax.tree_util.tree_leaves_with_path(found[dtype]["layers"])
+        shares = [bfloat16_share(leaf) for path, leaf in layers if path[-1].key == "kernel" or "experts" in str(path)]
+        assert bfloat16_share(found[dtype]["lm_head"]["embedding"]) < 0.5
+        if dtype == "float32":
+            assert max(shares) < 0.5
+        elif accumulate == 1:
+            assert min(shares) == 1
+    for ours, theirs in zip(jax.tree.leaves(found["bfloat16"]), jax.tree.leaves(found["float32"]), strict=True):
+        scale = np.max(np.abs(theirs))
+        assert np.max(np.abs(ours - theirs)) <= 2**-8 * max(scale, 1e-6)  # half a unit in the last place, two roundings
+
+
+def test_an_adapter_on_frozen_int8_weights_trains():
+    """Its gradients are those of the dense weights it stands for, by the chain rule; nothing else has any."""
+    params = parameters(CONFIG)
+    keys = iter(jax.random.split(jax.random.key(7), 99))
+
+    def adapted(path, leaf, num_front):
+        if not re.search("attention/o|mlp/gate|lm_head", path_name(path)):
+            return leaf
+        num_in = 2 if path_name(path).endswith("attention/o/kernel") else 1
+        lora = Lora.create(Int8.quantise(leaf, num_in), 2, 4.0, next(keys), num_in=num_in, num_front=num_front)
+        return lora.replace(b=0.1 * jax.random.normal(next(keys), lora.b.shape))
+
+    layers = jax.tree_util.tree_map_with_path(lambda path, leaf: adapted(path, leaf, 1), params["layers"])
+    rest = {name: tree for name, tree in params.items() if name != "layers"}
+    tree = jax.tree_util.tree_map_with_path(lambda path, leaf: adapted(path, leaf, 0), rest) | {"layers": layers}
+
+    def is_lora(leaf):
+        return isinstance(leaf, Lora)
+
+    def part(leaf, trained):
+        if not is_lora(leaf):
+            return None if trained else leaf
+        return leaf.replace(base=None) if trained else leaf.replace(a=None, b=None)
+
+    trainable, frozen = (jax.tree.map(lambda leaf, t=t: part(leaf, t), tree, is_leaf=is_lora) for t in (True, False))
+    state = new_state({"policy": trainable}, MOMENT)
+    step = jax.jit(make_train_step(CONFIG, Pretrain(), MOMENT, EXACT, 10))
+    batch = packed_batch(4, 32)
+    after, metrics = step(state, {"policy": frozen}, batch)
+
+    dense = jax.tree.map(lambda leaf: leaf.dense() if is_lora(leaf) else leaf, tree, is_leaf=is_lora)
+    expected_state, expected = one_step(CONFIG, batch, optimizer=MOMENT, params=dense)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    adapters = jax.tree.leaves(tree, is_leaf=is_lora)
+    ours = jax.tree.leaves(gradients(after), is_leaf=is_lora)
+    pairs = [(a, d) for a, d in zip(adapters, jax.tree.leaves(gradients(expected_state)), strict=True) if is_lora(a)]
+    assert len(pairs) == len(ours) == 3
+    for (adapter, of_dense), found in zip(pairs, ours, strict=True):
+        _, pull = jax.vjp(lambda a, b, adapter=adapter: adapter.replace(a=a, b=b).dense(), adapter.a, adapter.b)
+        for mine, theirs in zip((found.a, found.b), pull(of_dense), strict=True):
+            assert np.max(np.abs(mine - theirs)) <= 2e-5 * np.max(np.abs(theirs))
 
 
 def test_frozen_parameters_stay_and_have_no_moments():
