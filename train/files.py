@@ -43,6 +43,41 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             beside.unlink(missing_ok=True)
 
 
+class Appended:
+    """A file that grows by whole records. Those that there is no room for wait until there is."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        self.waiting = b""
+        self.fault = ""
+        """Why they wait."""
+
+    def write(self, record: bytes) -> None:
+        self.waiting += record
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("ab", buffering=0)
+            whole = os.fstat(self._file.fileno()).st_size
+            try:
+                rest = memoryview(self.waiting)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(whole)
+                raise
+            self.waiting = b""
+        except OSError as error:
+            self.fault = (error.strerror or str(error)).lower()
+
+    def close(self) -> None:
+        if self.waiting:
+            self.write(b"")
+        if self._file is not None:
+            self._file.close()
+
+
 class Lease:
     """The right to write in a folder, of one process at a time, also among hosts that share a disk.
 
@@ -64,7 +99,10 @@ class Lease:
             raise EnvironmentFailed(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
         try:
             self._take()
-        except BaseException:
+        except OSError as error:
+            os.close(self._file)
+            raise EnvironmentFailed(f"{self._path} cannot be written ({error.strerror}); free some space.") from error
+        except EnvironmentFailed:
             os.close(self._file)
             raise
         self._thread = threading.Thread(target=self._renew, daemon=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import socket
+import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,13 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import record_writer
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.flops import model_flops, peak_flops
-from train.files import write_whole
+from train.files import Appended, write_whole
 
 
 def utilisation(model: ModelConfig, batch_size: int, length: int, seconds: float) -> float | None:
@@ -34,38 +40,46 @@ def utilisation(model: ModelConfig, batch_size: int, length: int, seconds: float
 class Recorder:
     """metrics.jsonl, one line per step and evaluation, and the same as TensorBoard events, in one folder.
 
-    A run that goes on from `step` loses the lines after it, which it writes again. A disk that fills later is reported
-    once. Raises EnvironmentFailed where the file cannot be written at the start, and leaves the old one.
+    A run that goes on from `step` loses the lines after it, which it writes again. While a disk is full they wait for
+    room. Raises EnvironmentFailed where the file cannot be written at the start, and leaves the old one.
     """
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
-        from tensorboardX import SummaryWriter
-
         self.path, self._say = folder / "metrics.jsonl", say
-        folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
         write_whole(self.path, lambda file: file.writelines(json.dumps(line).encode() + b"\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        events = folder / "tensorboard" / f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}"
+        self._lines, self._events = Appended(self.path), Appended(events)
+        self._events.write(_event(file_version="brain.Event:2"))
+        # those after `step` that there are have no effect any more
+        self._events.write(_event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes values of a step; what is not finite, which JSON has no word for, as null."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        try:
-            self._file.write(json.dumps({"step": step} | dict.fromkeys(values) | finite) + "\n")
-            self._file.flush()
-            for name, value in finite.items():
-                self._events.add_scalar(name, value, step)
-        except OSError as error:
-            self._say(f"metrics cannot be written to {self.path.parent} any more ({error.strerror}); training goes on.")
-            self.record = lambda step, values: None  # type: ignore[method-assign]
+        waited = self._lines.waiting
+        self._lines.write(json.dumps({"step": step} | dict.fromkeys(values) | finite).encode() + b"\n")
+        if self._lines.waiting and not waited:
+            self._say(f"metrics cannot be written to {self.path} now ({self._lines.fault}); training goes on.")
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
+        self._events.write(_event(step=step, summary=Summary(value=scalars)))
 
     def close(self) -> None:
-        try:
-            self._file.close()
-            self._events.close()
-        except OSError:  # said when the first line could not be written
-            pass
+        for log in (self._lines, self._events):
+            log.close()
+        if self._lines.waiting:
+            self._say(f"the last lines of {self.path} could not be written ({self._lines.fault}).")
+
+
+def _event(**fields: Any) -> bytes:
+    """An event as TensorBoard reads it: TFRecord's length, its checksum, the event, its checksum."""
+    event = Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(event))
+    return b"".join((length, _checksum(length), event, _checksum(event)))
+
+
+def _checksum(data: bytes) -> bytes:
+    return struct.pack("<I", record_writer.masked_crc32c(data))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

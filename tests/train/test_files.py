@@ -10,7 +10,10 @@ import sys
 import threading
 import time
 
+import grain
 import pytest
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
 
 from qwen_jax.errors import EnvironmentFailed
 from train import files
@@ -108,6 +111,44 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["metrics.jsonl"]
     Recorder(tmp_path, 400, print).close()
     assert [line["step"] for line in read_lines(path)] == list(range(1, 401))
+
+
+FILLS = """
+import json, resource, signal, sys
+from pathlib import Path
+from train.metrics import Recorder
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+said = []
+recorder = Recorder(Path(sys.argv[1]), 0, said.append)
+for step in range(1, 301):
+    limit = 3_333 if 20 <= step < 250 else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    recorder.record(step, {"loss": 1 / step, "grad_norm": float("nan") if step == 7 else 2.0})
+recorder.close()
+print(json.dumps(said))
+"""
+
+
+def test_metrics_wait_while_the_disk_is_full_and_none_is_lost(tmp_path):
+    """TensorBoard's events too, as its own reader reads them."""
+    done = subprocess.run([sys.executable, "-c", FILLS, str(tmp_path)], check=True, capture_output=True)
+    (said,) = json.loads(done.stdout)
+    assert "metrics cannot be written" in said and "(file too large); training goes on" in said
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 301)) and lines[6]["grad_norm"] is None
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    records = list(grain.experimental.TFRecordIterDataset(str(file)))
+    writer = RecordWriter(str(tmp_path / "again"))  # with its checksums
+    for record in records:
+        writer.write(record)
+    writer.close()
+    assert file.read_bytes() == (tmp_path / "again").read_bytes()
+    events = [event for event in map(event_pb2.Event.FromString, records) if event.summary.value]
+    assert [event.step for event in events] == list(range(1, 301))
+    for event, line in zip(events, lines, strict=True):
+        found = {value.tag: value.simple_value for value in event.summary.value}
+        assert found == pytest.approx({name: value for name, value in line.items() if name != "step" and value})
 
 
 def test_a_failing_writer_leaves_nothing(tmp_path):
