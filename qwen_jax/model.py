@@ -9,6 +9,7 @@ K key/value heads, h head width, V vocabulary rows, E experts.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -267,7 +268,10 @@ def _layers(
     if isinstance(layers, Unstacked):
         residuals, routers = [x], []
         for i, layer_params in enumerate(layers):
-            x, cache, router = run(layer_params, x, cache, i, windows[i], only if i == len(layers) - 1 else None)
+            last = only if i == len(layers) - 1 else None
+            # what else a layer is told is no array that has a gradient
+            one = rematerialised(functools.partial(run, layer=i, window=windows[i], only=last), remat)
+            x, cache, router = one(layer_params, checkpoint_name(x, "residual"), cache)
             residuals, routers = [*residuals, x], [*routers, router]
         router = jax.tree.map(lambda *each: jnp.stack(each), *routers)
         return x, cache, jnp.stack(residuals) if return_layers else None, router

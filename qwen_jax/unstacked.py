@@ -38,3 +38,20 @@ def unstack(stacked: Any, *, donate: bool = False) -> Unstacked:
         if donate:
             array.delete()
     return Unstacked(treedef.unflatten(each) for each in zip(*split, strict=True))
+
+
+def restacked(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters with their layers stacked where all are of one kind and shape, each array freed when it has been."""
+    layers = params["layers"]
+    if not isinstance(layers, Unstacked):
+        return params
+    arrays, kinds = zip(*(jax.tree.flatten(layer) for layer in layers), strict=True)
+    shapes = [[(array.shape, array.dtype) for array in each] for each in arrays]
+    if len(set(kinds)) > 1 or shapes.count(shapes[0]) < len(shapes):
+        return params
+    stacked = []
+    for each in zip(*arrays, strict=True):
+        stacked.append(jax.numpy.stack(each))
+        for array in each:
+            array.delete()
+    return params | {"layers": kinds[0].unflatten(stacked)}

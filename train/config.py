@@ -14,6 +14,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.local_path import LocalPath, local_path
 from qwen_jax.sharding import MeshConfig
+from train.adapter import AdapterConfig
 from train.data.config import DataConfig
 from train.objective import Objective
 from train.objectives.pretrain import Pretrain
@@ -58,6 +59,9 @@ class TrainConfig:
     """Context length that the trained model declares instead of the checkpoint's."""
     seed: int = 0
     """Of random weights; the data has a seed of its own."""
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    """LoRA or DoRA over frozen weights, instead of training these; OUT/final is then a PEFT folder, and `export` the
+    model with the adapter added."""
     objective: Objective = dataclasses.field(default_factory=Pretrain)
     """What is minimised."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

@@ -16,6 +16,7 @@ import optax
 from jax import lax
 
 from qwen_jax.errors import InputError
+from train.adapter import is_of_adapter
 
 Moments = Literal["float32", "bfloat16", "int8"]
 
@@ -123,8 +124,11 @@ def split_frozen(params: Any, patterns: tuple[str, ...]) -> tuple[Any, Any]:
         if not found:
             raise InputError(f"frozen: {pattern!r} finds no parameter; paths look like {min(paths)!r}.")
 
+    leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    by_adapter = any(map(is_of_adapter, leaves))  # then nothing else is trained
+
     def frozen(path: Any) -> bool:
-        return any(re.search(pattern, path_name(path)) for pattern in patterns)
+        return (by_adapter and not is_of_adapter(path)) or any(re.search(p, path_name(path)) for p in patterns)
 
     trainable = jax.tree_util.tree_map_with_path(lambda path, leaf: None if frozen(path) else leaf, params)
     if not jax.tree.leaves(trainable):

@@ -66,9 +66,15 @@ def init_roles(model: ModelConfig, objective: Objective, key: jax.Array) -> Role
     return dict.fromkeys(objective.roles, init(model, key))
 
 
-def abstract_state(model: ModelConfig, objective: Objective, optimizer: OptimizerConfig) -> tuple[TrainState, Roles]:
-    """The state and the frozen leaves as jax.ShapeDtypeStruct leaves; nothing is computed."""
-    trainable, frozen = split(objective, optimizer, dict.fromkeys(objective.roles, abstract(model)))
+def abstract_state(
+    model: ModelConfig, objective: Objective, optimizer: OptimizerConfig, params: Mapping[str, Params] | None = None
+) -> tuple[TrainState, Roles]:
+    """The state and the frozen leaves as jax.ShapeDtypeStruct leaves; nothing is computed.
+
+    params: of every role, or their shapes, where they are not the model's own float32 ones.
+    """
+    roles = params or dict.fromkeys(objective.roles, abstract(model))
+    trainable, frozen = split(objective, optimizer, roles)
     return jax.eval_shape(lambda trainable: new_state(trainable, optimizer), trainable), frozen
 
 
@@ -81,7 +87,7 @@ def shardings(model: ModelConfig, mesh: Mesh, tree: Any) -> Any:
 
     def sharding(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = path_name(path).partition("/")[2]  # without the role
-        if name not in of_params:
+        if name not in of_params or len(leaf.shape) != len(shapes[name]):  # a factor of an adapter is everywhere
             return NamedSharding(mesh, PartitionSpec())
         axes = [*of_params[name].spec] + [None] * (len(shapes[name]) - len(of_params[name].spec))
         # an 8-bit moment's scales have one number for each row of the parameter

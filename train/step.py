@@ -6,7 +6,7 @@ Everything here can be made of shapes alone, which is how `qwen-jax compile` com
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import flax.struct
@@ -20,6 +20,7 @@ from qwen_jax.compiler_options import training_options
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.layers.moe import RouterStats, load_balancing_loss
+from qwen_jax.model import Params
 from qwen_jax.remat import kept
 from train.batch import ArrayOrSpec, TokenBatch, abstract_batch, batch_shardings, micro_batches
 from train.objective import Models, Objective, Term
@@ -77,16 +78,26 @@ def abstract_signals(mesh: Mesh) -> Signals:
 
 
 def abstract_arguments(
-    model: ModelConfig, objective: Objective, optimizer: OptimizerConfig, mesh: Mesh, rows: int, length: int
+    model: ModelConfig,
+    objective: Objective,
+    optimizer: OptimizerConfig,
+    mesh: Mesh,
+    rows: int,
+    length: int,
+    params: Mapping[str, Params] | None = None,
 ) -> tuple[TrainState, Roles, TokenBatch, Signals]:
-    """What the step takes, as jax.ShapeDtypeStruct leaves with shardings, for batches [rows, length]."""
-    state, frozen = abstract_state(model, objective, optimizer)
+    """What the step takes, as jax.ShapeDtypeStruct leaves with shardings, for batches [rows, length].
+
+    params: as in `abstract_state`; what is frozen of them stays where it lies.
+    """
+    state, frozen = abstract_state(model, objective, optimizer, params)
+    layout = shardings(model, mesh, frozen) if params is None else jax.tree.map(lambda leaf: leaf.sharding, frozen)
     batch = laid_out(
         abstract_batch(objective.batch, rows, length), batch_shardings(objective.batch, mesh, rows, length)
     )
     return (
         laid_out(state, shardings(model, mesh, state)),
-        laid_out(frozen, shardings(model, mesh, frozen)),
+        laid_out(frozen, layout),
         batch,
         abstract_signals(mesh),
     )

@@ -122,10 +122,14 @@ def train(config: TrainConfig) -> int:
                 eval_batches = list(itertools.islice(loader, config.eval_batches))
 
         # --- compilation, from shapes alone ---------------------------------------------------------------------------
+        roles = None
+        if config.adapter.is_used:  # whose base is of any kind, as reading it shows
+            watch.enter("reading the weights")
+            roles = weights.adapted(config, model, base, mesh)
         watch.enter("compiling")
         compile_began = time.perf_counter()
-        arguments = abstract_arguments(model, objective, config.optimizer, mesh, rows, length)
-        shapes, frozen_shapes = arguments[0], weights.as_stored(config, base, arguments[1])
+        arguments = abstract_arguments(model, objective, config.optimizer, mesh, rows, length, roles)
+        shapes, frozen_shapes = arguments[0], arguments[1] if roles else weights.as_stored(config, base, arguments[1])
         arguments = (shapes, frozen_shapes, *arguments[2:])
         step = jit_train_step(model, objective, config.optimizer, config.step, config.steps, mesh, arguments)
         step = step.lower(*arguments).compile()
@@ -143,11 +147,14 @@ def train(config: TrainConfig) -> int:
             "objective": type(objective).__name__,
             "frozen weights": config.model if jax.tree.leaves(frozen_shapes) else None,
         }
+        if roles:
+            run["adapter"] = dataclasses.asdict(config.adapter) | {"start": str(config.adapter.start)}
         restored = checkpoints.restore(shapes, run)
         frozen = frozen_shapes
         if not restored or jax.tree.leaves(frozen_shapes):
-            trainable, frozen = split(objective, config.optimizer, weights.initial(config, model, base, mesh))
-            frozen = weights.as_stored(config, base, frozen)
+            initial = roles or weights.initial(config, model, base, mesh)
+            trainable, frozen = split(objective, config.optimizer, initial)
+            frozen = frozen if roles else weights.as_stored(config, base, frozen)
         if restored:
             state, place = restored
             with together():

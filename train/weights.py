@@ -15,17 +15,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.model import param_shardings
 from qwen_jax.presets import load_preset
 from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.unstacked import restacked
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.export import save_hf, write_config
 from qwen_jax.weights.load import ParamsCheckpoint, load_params
 from qwen_jax.weights.open import open_checkpoint
+from qwen_jax.weights.peft import MergedCheckpoint, save_adapter
+from train import adapter
 from train.config import TrainConfig
 from train.files import write_whole
 from train.optimizer import merge_frozen, path_name
@@ -72,6 +75,27 @@ def initial(config: TrainConfig, model: ModelConfig, base: Checkpoint | None, me
     return {first: params} | {role: jax.tree.map(jnp.copy, params) for role in others}
 
 
+def adapted(config: TrainConfig, model: ModelConfig, base: Checkpoint | None, mesh: Mesh) -> Roles:
+    """The weights as they are stored, quantised or not, with an adapter over them; layers stacked where all are alike.
+
+    Raises InputError where there are no weights, and for objectives of several models.
+    """
+    if base is None or config.preset or config.architecture:
+        raise InputError("an adapter needs weights to lie over, and this run starts from random ones.")
+    if len(config.objective.roles) > 1:
+        raise InputError("an adapter is trained by objectives of one model alone; leave `adapter` out.")
+    progress = sys.stderr.isatty() and jax.process_index() == 0
+    dequantise = config.adapter.dequantise or not base.is_quantised
+    params = load_params(base, None, param_shardings(model, mesh), dequantise=dequantise, progress=progress)
+    params = adapter.adapted(config.adapter, model, restacked(params), config.seed)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def placed(path: Any, leaf: Any) -> Any:
+        return jax.device_put(leaf, everywhere) if adapter.is_of_adapter(path) else leaf
+
+    return {role: jax.tree_util.tree_map_with_path(placed, params) for role in config.objective.roles}
+
+
 def as_stored(config: TrainConfig, base: Checkpoint | None, frozen: Roles) -> Roles:
     """Frozen leaves, or their shapes, in the dtype that the checkpoint they come from has them in."""
     if base is None or config.preset or config.architecture:
@@ -106,7 +130,11 @@ def write(
     tokenizer: Tokenizer,
     say: Callable[[str], None],
 ) -> None:
-    """OUT/final, the policy in float32 in our own form, and the export."""
+    """OUT/final, the policy in float32 in our own form, or the adapter as PEFT's folder, and the export."""
+    if config.adapter.is_used:
+        assert base is not None
+        _write_adapter(config, model, state, base, say)
+        return
     params = merge_frozen(state.trainable, frozen)["policy"]
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
     final = (config.out / "final").absolute()
@@ -121,11 +149,28 @@ def write(
             if base is None:
                 tokenizer.save(final)
             say(f"final weights: {final}")
-            if config.export:
-                if config.export.exists():
-                    shutil.rmtree(config.export)
-                write_whole(
-                    config.out / "export.json", lambda file: file.write(json.dumps(str(config.export)).encode())
-                )
-                save_hf(open_checkpoint(final), config.export, dtype=ml_dtypes.bfloat16, progress=False)
-                say(f"exported to {config.export}")
+            _export(config, lambda: open_checkpoint(final), say)
+
+
+def _write_adapter(
+    config: TrainConfig, model: ModelConfig, state: TrainState, base: Checkpoint, say: Callable[[str], None]
+) -> None:
+    everywhere = jax.tree.map(lambda leaf: NamedSharding(leaf.sharding.mesh, PartitionSpec()), state.trainable)
+    trainable = jax.jit(lambda tree: tree, out_shardings=everywhere)(state.trainable)
+    final = config.out / "final"
+    with together():
+        if jax.process_index() == 0:
+            trained = adapter.adapter_of(model, jax.device_get(trainable["policy"]))
+            shutil.rmtree(final, ignore_errors=True)
+            save_adapter(trained, model, final, base=config.model)
+            say(f"final adapter: {final}")
+            _export(config, lambda: MergedCheckpoint(base, trained), say)
+
+
+def _export(config: TrainConfig, final: Callable[[], Checkpoint], say: Callable[[str], None]) -> None:
+    if config.export:
+        if config.export.exists():
+            shutil.rmtree(config.export)
+        write_whole(config.out / "export.json", lambda file: file.write(json.dumps(str(config.export)).encode()))
+        save_hf(final(), config.export, dtype=ml_dtypes.bfloat16, progress=False)
+        say(f"exported to {config.export}")

@@ -61,6 +61,11 @@ class Checkpoint(abc.ABC):
         if out.dtype == np.float16 != self.dtypes[path] and np.isinf(out).any():
             raise InputError(f"{path} has weights beyond float16's range of 65504; use bfloat16 or float32.")
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether `coded` has a weight for any leaf."""
+        return False
+
     def coded(self, path: str, layer: int | None, start: int, stop: int) -> Weight | None:
         """What of leaf `path` lies from start to stop along its first axis, as the quantised weight that is stored.
 
@@ -150,6 +155,11 @@ class TensorCheckpoint(Checkpoint):
         for a, b, rows in tensor.rows(begin, leaf.first_row + last * per_item, multiple_of=per_item):
             values = rows.reshape(-1, *leaf.unit[1:])[(slice(None), *index[1:])]
             out[(a - begin) // per_item : (b - begin) // per_item] = values
+
+    @property
+    def is_quantised(self) -> bool:
+        tensors = self._tensors.values()
+        return any(not isinstance(tensor, StoredTensor) or tensor.encoding not in PLAIN_DTYPES for tensor in tensors)
 
     def coded(self, path: str, layer: int | None, start: int, stop: int) -> Weight | None:
         leaf, front = self._by_path[path], () if layer is None else (layer,)
