@@ -24,16 +24,16 @@ class ModelArguments:
     """Of weights and activations; int8, on CPUs: few-bit weights as stored, activations rounded in products."""
     mesh: str | None = None
     """Split the model over all devices, for example `tensor=4`; default the first device alone."""
-
     dequantise: bool | None = None
     """Widen quantised weights to `dtype`, which takes more memory; by default those of GGUF files alone."""
+    adapter: str | None = None
+    """A PEFT folder whose adapter is added."""
 
     def load(self) -> Qwen:
         from infer.qwen import load
 
-        return load(
-            self.model, dtype=self.dtype, mesh=self.mesh, dequantise=self.dequantise, progress=sys.stderr.isatty()
-        )
+        options = {"dequantise": self.dequantise, "adapter": self.adapter}
+        return load(self.model, dtype=self.dtype, mesh=self.mesh, progress=sys.stderr.isatty(), **options)
 
 
 @dataclasses.dataclass(frozen=True)

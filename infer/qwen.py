@@ -33,6 +33,7 @@ from qwen_jax.tokenizer import Generation, Tokenizer, check_tokenizer
 from qwen_jax.weights.default_model import cache_folder
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.open import GgufCheckpoint, open_checkpoint
+from qwen_jax.weights.peft import apply_adapter, read_adapter
 
 log = logging.getLogger("qwen_jax")
 
@@ -264,6 +265,7 @@ def load(
     dtype: str = "bfloat16",
     mesh: MeshConfig | str | None = None,
     dequantise: bool | None = None,
+    adapter: str | Path | None = None,
     progress: bool = True,
 ) -> Qwen:
     """Loads "default", a local folder, a .gguf file or a Hugging Face id; caches compiled programs.
@@ -272,6 +274,7 @@ def load(
     Q8_0) and products round activations to int8, 32 at a time, as llama.cpp does. Where that cannot be, it is bfloat16,
     and a warning says why.
     dequantise: widen quantised weights to `dtype` as they are read, which takes more memory; default for GGUF alone.
+    adapter: a PEFT folder, added to the weights as they are.
     mesh: how to split the model over all devices, such as "tensor=4", each shard read straight to its device; default
     the first device alone. Raises InputError if the model does not divide.
     """
@@ -282,6 +285,7 @@ def load(
     checkpoint = open_checkpoint(model)
     tokenizer, config, generation_config = checkpoint.tokenizer(), checkpoint.config, checkpoint.generation_config()
     GenerationConfig.parse(generation_config)  # before the weights are read for nothing
+    low_rank = None if adapter is None else read_adapter(adapter, config)
     on_mesh = shardings = None
     if mesh is not None:
         on_mesh = make_mesh(MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh, model=config)
@@ -299,6 +303,8 @@ def load(
     # with native kernels dense weights are rounded from what is stored, and GGUF's norms are float32
     stored = jnp.dtype(dtype) if backend is None else jnp.dtype(jnp.float32) if is_gguf else None
     params = load_params(checkpoint, stored, shardings, dequantise=dequantise, progress=progress)
+    if low_rank is not None:
+        params = apply_adapter(params, low_rank)
     return Qwen(config, params, tokenizer, generation_config, on_mesh, backend=backend, donate=True)
 
 

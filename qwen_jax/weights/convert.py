@@ -23,6 +23,8 @@ class Arguments:
     """Our Orbax checkpoint, or a Hugging Face folder with safetensors."""
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
     """Cast every weight; by default each keeps its dtype, and GGUF becomes bfloat16."""
+    adapter: LocalPath | None = None
+    """A PEFT folder whose adapter is added, each sum in float32."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -38,6 +40,10 @@ def main(args: Sequence[str]) -> int:
     if options.dst.exists():  # before a source may have to be downloaded
         raise InputError(f"{options.dst} already exists; choose another folder, or remove it first.")
     checkpoint = open_checkpoint(options.src)
+    if options.adapter:
+        from qwen_jax.weights.peft import MergedCheckpoint, read_adapter
+
+        checkpoint = MergedCheckpoint(checkpoint, read_adapter(options.adapter, checkpoint.config))
     dtype = None
     if options.dtype:
         dtype = np.dtype(ml_dtypes.bfloat16 if options.dtype == "bfloat16" else options.dtype)
