@@ -191,6 +191,7 @@ def test_a_new_adapter_changes_nothing(dora: bool) -> None:
         adapted(AdapterConfig(rank=4, targets=("w1",)), TIED, params, 0)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_and_gone_on_with(tmp_path: Path) -> None:
     """OUT/final is what PEFT reads, checkpoints hold the adapter alone, and a second start goes on."""
     experiment = make_run(tmp_path)
