@@ -212,6 +212,13 @@ _FORMATS = {
         "[weight.nested_absmax] [weight.nested_quant_map]",
     },
 }
+# What types a part may have; scales have those of weights.
+_ENCODINGS = {
+    "qweight": "I32", "qzeros": "I32", "g_idx": "I32 I64", "weight_packed": "I32", "weight_shape": "I64 I32",
+    "weight_zero_point": "I32 I8", "weight_g_idx": "I32 I64", "SCB": "F32", "weight.absmax": "F32 U8",
+    "weight.quant_map": "F32", "weight.nested_absmax": "F32", "weight.nested_quant_map": "F32",
+    "weight.quant_state.bitsandbytes__nf4": "U8", "weight": "I8 U8 F8_E4M3",
+}  # fmt: skip
 
 
 def assemble(path: Path, tensors: Mapping[str, StoredTensor], how: Quantisation) -> dict[str, Any]:
@@ -231,6 +238,8 @@ def assemble(path: Path, tensors: Mapping[str, StoredTensor], how: Quantisation)
                     name = name.replace("__nf4", "__fp4")
                 if name in tensors:
                     parts[bare] = out.pop(name)
+                    if tensors[name].encoding not in _ENCODINGS.get(bare, tensors[name].encoding).split():
+                        raise _refused(path, name, f"is of type {tensors[name].encoding}")
                 elif bare == part:
                     raise InputError(f"{path} lacks the tensor {printable(name)}; it is incomplete, download it again.")
             out[f"{module}.weight"] = _tensor(path, f"{module}.weight", parts, sign, how)
@@ -257,7 +266,7 @@ def _tensor(path: Path, name: str, parts: dict[str, StoredTensor], sign: str, ho
 
     per_word = 32 // how.bits
     if how.method == "gptq":
-        (words, num_out), num_groups = _matrix(path, name, parts["qweight"]), parts["scales"].shape[0]
+        (words, num_out), (num_groups, _) = _matrix(path, name, parts["qweight"]), _matrix(path, name, parts["scales"])
         shape = (num_out, words * per_word)
         has_shape("qzeros", num_groups, -(-num_out // per_word))
         has_shape("scales", num_groups, num_out)
@@ -267,7 +276,7 @@ def _tensor(path: Path, name: str, parts: dict[str, StoredTensor], sign: str, ho
             shape, parts["scales"].encoding, _gptq, bits=how.bits, zero_offset=how.zero_offset, symmetric=how.symmetric
         )
     if how.method == "awq":
-        (num_in, words), num_groups = _matrix(path, name, parts["qweight"]), parts["scales"].shape[0]
+        (num_in, words), (num_groups, _) = _matrix(path, name, parts["qweight"]), _matrix(path, name, parts["scales"])
         has_shape("qzeros", num_groups, words)
         has_shape("scales", num_groups, words * 8)
         whole_groups(num_in, num_groups)
@@ -319,7 +328,8 @@ def _of_quant_state(path: Path, name: str, parts: dict[str, StoredTensor], has_s
     has_shape("weight.quant_map", 16)
     blocks = num_out * num_in // block
     has_shape("weight.absmax", blocks)
-    if ("weight.nested_absmax" in parts) != ("weight.nested_quant_map" in parts):
+    nested_parts = {"weight.nested_absmax", "weight.nested_quant_map"}
+    if nested_parts & parts.keys() != (nested_parts if parts["weight.absmax"].encoding == "U8" else set()):
         raise InputError(f"{path} lacks a part of {printable(name)}'s nested scales; download it again.")
     has_shape("weight.nested_absmax", -(-blocks // nested))
     has_shape("weight.nested_quant_map", 256)
