@@ -25,6 +25,8 @@ class Quantisation:
     """What GPTQ's first format subtracts from zeros before it stores them."""
     symmetric: bool = False
     """All zeros of GPTQ or AWQ are in the middle of the integers' range."""
+    block: tuple[int, int] | None = None
+    """Rows and columns that share a scale, where they do."""
 
 
 def parse(raw: object) -> Quantisation | None:
@@ -84,7 +86,7 @@ def _fp8(config: Mapping[str, Any]) -> Quantisation:
     _one_of("fmt", config.get("fmt", "e4m3"), ("e4m3",))
     _one_of("activation_scheme", config.get("activation_scheme", "dynamic"), ("dynamic", "static"))
     _one_of("scale_fmt", config.get("scale_fmt"), ("float", None))
-    return Quantisation("fp8")
+    return Quantisation("fp8", block=_block("weight_block_size", config.get("weight_block_size")))
 
 
 def _bitsandbytes(config: Mapping[str, Any]) -> Quantisation:
@@ -104,6 +106,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Quantisation:
         raise InputError(f"{_NAME} has a transform_config, which turns the weights and is not read.")
     if config.get("kv_cache_scheme"):
         raise InputError(f"{_NAME} has a kv_cache_scheme, which rounds keys and values and is not read.")
+    blocks: set[tuple[int, int] | None] = set()
     for name, raw in mapping(f"{_NAME} config_groups", config.get("config_groups") or {}).items():
         group = mapping(f"{_NAME} config_groups {shown(name)}", raw)
         _refuse_unknown(
@@ -121,7 +124,19 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Quantisation:
         _one_of("strategy", weights.get("strategy"), ("tensor", "channel", "group", "block", None))
         _one_of("actorder", weights.get("actorder"), ("group", "weight", "static", "dynamic", True, None))
         flag(f"{_NAME} symmetric", weights.get("symmetric", True))
-    return Quantisation("compressed-tensors")
+        blocks.add(_block("block_structure", weights.get("block_structure")))
+    if len(blocks - {None}) > 1:
+        raise InputError(f"{_NAME} has groups of different block_structure, which is not read.")
+    return Quantisation("compressed-tensors", block=next(iter(blocks - {None}), None))
+
+
+def _block(name: str, value: object) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    sizes = value.split("x") if isinstance(value, str) else value
+    if not isinstance(sizes, list) or len(sizes) != 2 or not all(str(size).isdigit() and int(size) for size in sizes):
+        raise InputError(f"{_NAME} {name} is {shown(value)}; it must be two sizes, such as [128, 128].")
+    return int(sizes[0]), int(sizes[1])
 
 
 _CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense")

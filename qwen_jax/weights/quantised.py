@@ -132,15 +132,15 @@ def _packed(tensor: QuantisedTensor, start: int, stop: int, *, bits: int) -> Gro
     return _grouped(tensor, _centred(fields, bits), parts["weight_scale"].array()[start:stop], zero, group_of)
 
 
-def _scaled(tensor: QuantisedTensor, start: int, stop: int, *, scale: str) -> Grouped | Int8:
+def _scaled(tensor: QuantisedTensor, start: int, stop: int, *, scale: str, per_scale: int) -> Grouped | Int8:
     """weight [out, in] in 8 bits, and a scale for all, or for each channel, group or block of both axes."""
     from qwen_jax.leaves import Int8
 
-    parts, (num_out, _) = tensor.parts, tensor.shape
+    parts = tensor.parts
     values = np.ascontiguousarray(parts["weight"].array()[start:stop])
     scales = parts[scale].array().reshape(parts[scale].shape or (1, 1))
     scales = scales.reshape(len(scales), -1)
-    rows = np.arange(start, stop) // -(-num_out // len(scales))
+    rows = np.arange(start, stop) // per_scale
     if scales.shape[1] == 1 and "weight_zero_point" not in parts:
         return Int8(values, scales[rows, 0])
     zero = parts["weight_zero_point"].array().reshape(scales.shape)[rows] if "weight_zero_point" in parts else None
@@ -299,11 +299,18 @@ def _tensor(path: Path, name: str, parts: dict[str, StoredTensor], sign: str, ho
         num_out, num_in = _matrix(path, name, parts["weight"])
         shape = parts[sign].shape
         rows, columns = (*shape, 1, 1)[:2]
-        size = -(-num_out // max(rows, 1))
-        if len(shape) > 2 or not rows or -(-num_out // size) != rows:
-            raise _refused(path, name, f"has scales of shape {shape} for {num_out} rows")
+        per_scale = num_out if rows == 1 else 1
+        if how.block and shape not in ((num_out,), (num_out, 1), (1,), (1, 1), ()):
+            per_scale = how.block[0]
+            whole_groups(num_in, 0 if num_in % how.block[1] else columns)
+        if (
+            len(shape) > 2
+            or rows != -(-num_out // per_scale)
+            or (how.block and columns not in (1, num_in // how.block[1]))
+        ):
+            raise _refused(path, name, f"has scales of shape {shape} for {(num_out, num_in)} weights")
         whole_groups(num_in, columns)
-        return made((num_out, num_in), parts[sign].encoding, _scaled, scale=sign)
+        return made((num_out, num_in), parts[sign].encoding, _scaled, scale=sign, per_scale=per_scale)
     if sign == "SCB":
         shape = _matrix(path, name, parts["weight"])
         has_shape("SCB", shape[0])
