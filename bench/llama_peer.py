@@ -11,7 +11,7 @@ import json
 import sys
 import time
 
-import llama_cpp as llama
+import llama_cpp as llama  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:
