@@ -296,11 +296,12 @@ class Tokenizer:
     def _bytes(self) -> list[bytes]:
         added = {id: text.encode() for text, id in self.special_tokens.items()}
         tokens = (self._backend.id_to_token(id) or "" for id in range(self.vocab_size))
-        to = to_bytes if self._is_byte_level else _piece_bytes
+        to = to_bytes if self.is_byte_level else _piece_bytes
         return [added[id] if id in added else to(token) for id, token in enumerate(tokens)]
 
     @property
-    def _is_byte_level(self) -> bool:
+    def is_byte_level(self) -> bool:
+        """Whether it is a BPE over bytes, as all are but CodeQwen1.5's."""
         return type(self._backend.decoder).__name__ == "ByteLevel"
 
     @functools.cached_property
@@ -323,6 +324,11 @@ class Tokenizer:
         return self.vocab_size
 
     # --- to disk ------------------------------------------------------------------------------------------------------
+
+    def vocabulary(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The BPE ("vocab" and "merges") and the added tokens, as tokenizer.json has them."""
+        described = json.loads(self._backend.to_str())
+        return described["model"], described["added_tokens"]
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, as `AutoTokenizer` reads them."""
@@ -350,7 +356,7 @@ class Tokenizer:
             "errors": "replace",
             "pad_token": names["pad_token"],
             "split_special_tokens": self._backend.encode_special_tokens,
-            "tokenizer_class": "Qwen2Tokenizer" if self._is_byte_level else "PreTrainedTokenizerFast",
+            "tokenizer_class": "Qwen2Tokenizer" if self.is_byte_level else "PreTrainedTokenizerFast",
             "unk_token": names.get("unk_token"),
         }
         if isinstance(self.chat_template, str):

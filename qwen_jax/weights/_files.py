@@ -16,34 +16,50 @@ from qwen_jax.errors import InputError
 from qwen_jax.local_path import local_path
 
 
-@contextlib.contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
+def new_folder(destination: Path) -> contextlib.AbstractContextManager[Path]:
     """A temporary sibling of `destination`, renamed to it when the block ends well and removed when it does not.
 
     What a killed process left is removed by the next one that writes the same destination. Raises InputError when
     `destination` exists, or when writing fails (a full disk).
     """
+    return _new(destination, Path.mkdir, "folder")
+
+
+def new_file(destination: Path) -> contextlib.AbstractContextManager[Path]:
+    """As `new_folder`, for one file."""
+    return _new(destination, Path.touch, "file")
+
+
+@contextlib.contextmanager
+def _new(destination: Path, make: Callable[[Path], None], what: str) -> Iterator[Path]:
     with writing(local_path(destination)):
         if destination.exists():
-            raise InputError(f"{destination} already exists; choose another folder, or remove it first.")
+            raise InputError(f"{destination} already exists; choose another {what}, or remove it first.")
         destination.parent.mkdir(parents=True, exist_ok=True)
         for left in destination.parent.glob(f".{glob.escape(destination.name)}.*.partial"):
             with contextlib.suppress(BlockingIOError), _locked(left):
-                shutil.rmtree(left)
+                _remove(left)
         temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
-        temporary.mkdir()
+        make(temporary)
         try:
             with _locked(temporary):
                 yield temporary
                 temporary.rename(destination)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Holds a lock that ends with the process. Raises BlockingIOError when a living process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -1,4 +1,4 @@
-"""`qwen-jax convert`: any checkpoint to our Orbax format or to a Hugging Face folder."""
+"""`qwen-jax convert`: any checkpoint to our Orbax format, to a Hugging Face folder or to GGUF."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Arguments:
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """'default', a folder (safetensors, .bin, Orbax), a .gguf file, or a Hugging Face id."""
     dst: Annotated[LocalPath, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """The folder to write; it must not exist yet."""
-    to: Literal["orbax", "hf"] = "orbax"
-    """Our Orbax checkpoint, or a Hugging Face folder with safetensors."""
+    """The folder, or for GGUF the file, to write; it must not exist yet."""
+    to: Literal["orbax", "hf", "gguf"] = "orbax"
+    """Our Orbax checkpoint, a Hugging Face folder with safetensors, or one .gguf file (`quantize` makes small ones)."""
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
     """Cast every weight; by default each keeps its dtype, and GGUF becomes bfloat16."""
     adapter: LocalPath | None = None
@@ -51,9 +51,15 @@ def main(args: Sequence[str]) -> int:
         from qwen_jax.weights.orbax import save_orbax
 
         save_orbax(checkpoint, options.dst, dtype=dtype)
-    else:
+    elif options.to == "hf":
         from qwen_jax.weights.export import save_hf
 
         save_hf(checkpoint, options.dst, dtype=dtype)
+    else:
+        from qwen_jax.weights.gguf_export import GgufType, save_gguf, warn_of_unsaid
+
+        types: dict[str | None, GgufType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", None: "bf16"}
+        save_gguf(checkpoint, options.dst, types[options.dtype])
+        warn_of_unsaid(checkpoint.config)
     print(f"{options.src} -> {options.dst} ({options.to})")
     return 0

@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_jax.weights._files import new_folder, progress_bar
 from qwen_jax.weights.checkpoint import Checkpoint, blocks
-from qwen_jax.weights.names import Leaf, leaves
+from qwen_jax.weights.names import Leaf, Style, leaves
 from qwen_jax.weights.stored import PLAIN_DTYPES
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -32,13 +32,13 @@ def save_hf(
     `dtype` casts every tensor (default: as the checkpoint says). Memory stays at one block of BLOCK_BYTES. Qwen1 keeps
     Qwen1's names and configuration. Raises InputError when the folder exists or cannot be written.
     """
-    plan = _plan(checkpoint, dtype)
-    shards: list[dict[str, _Tensor]] = [{}]
-    for name, tensor in plan.items():
+    tensors = plan(checkpoint, dtype)
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
         if shards[-1] and sum(t.num_bytes for t in shards[-1].values()) + tensor.num_bytes > max_shard_bytes:
             shards.append({})
         shards[-1][name] = tensor
-    total = sum(t.num_bytes for t in plan.values())
+    total = sum(t.num_bytes for t in tensors.values())
     count = len(shards)
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else ["model.safetensors"]
@@ -54,7 +54,7 @@ def save_hf(
             weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(out / "model.safetensors.index.json", index)
-        stored = {tensor.dtype.name for tensor in plan.values()}
+        stored = {tensor.dtype.name for tensor in tensors.values()}
         write_config(checkpoint, out, "float32" if len(stored) > 1 else stored.pop())
 
 
@@ -69,7 +69,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class _Tensor:
+class Tensor:
     """A tensor to be written: the pieces of leaves that make it up, in the order of their rows."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -86,21 +86,21 @@ class _Tensor:
                 yield out
 
 
-def _plan(checkpoint: Checkpoint, dtype: Any) -> dict[str, _Tensor]:
-    """Every tensor of the folder in the order of the forward pass."""
-    tensors: dict[str, _Tensor] = {}
+def plan(checkpoint: Checkpoint, dtype: Any, style: Style = "hf") -> dict[str, Tensor]:
+    """Every tensor that is written, under its name in `style`, in the order of the forward pass."""
+    tensors: dict[str, Tensor] = {}
     sections = {"embed": -1.0, "final_norm": math.inf, "lm_head": math.inf}
     depth: dict[str, float] = {}
-    for leaf in leaves(checkpoint.config, "hf"):
+    for leaf in leaves(checkpoint.config, style):
         for unit in leaf.indices():
             name = leaf.tensor.format(*unit)
             leaf_dtype = np.dtype(dtype) if dtype is not None else checkpoint.dtypes[leaf.path]
-            tensors.setdefault(name, _Tensor(leaf.file_shape, leaf_dtype)).pieces.append((leaf, unit))
+            tensors.setdefault(name, Tensor(leaf.file_shape, leaf_dtype)).pieces.append((leaf, unit))
             depth[name] = float(unit[0]) if unit else sections[leaf.path.split("/")[0]]
     return {name: tensors[name] for name in sorted(tensors, key=depth.__getitem__)}
 
 
-def _header(tensors: dict[str, _Tensor]) -> bytes:
+def _header(tensors: dict[str, Tensor]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, tensor in tensors.items():

@@ -23,7 +23,7 @@ _TENSOR_TYPES = {
     10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16",
 }  # fmt: skip
 
-_MODEL_TYPES: dict[str, ModelType] = {
+MODEL_TYPES: dict[str, ModelType] = {
     "qwen": "qwen", "qwen2": "qwen2", "qwen2moe": "qwen2_moe", "qwen3": "qwen3", "qwen3moe": "qwen3_moe",
 }  # fmt: skip
 
@@ -163,8 +163,8 @@ def config_from_gguf(metadata: dict[str, Any], tensors: dict[str, StoredTensor])
     A GGUF says nothing of Qwen1's dynamic NTK and LogN, so a Qwen1 model has neither.
     """
     arch = metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in _MODEL_TYPES:
-        raise InputError(f"GGUF architecture {shown(arch)} is not a Qwen text model; known: {', '.join(_MODEL_TYPES)}.")
+    if not isinstance(arch, str) or arch not in MODEL_TYPES:
+        raise InputError(f"GGUF architecture {shown(arch)} is not a Qwen text model; known: {', '.join(MODEL_TYPES)}.")
     keys = {k.removeprefix(f"{arch}."): v for k, v in metadata.items() if k.startswith(f"{arch}.")}
     if unknown := sorted(set(keys) - _READ_KEYS - _IMPLIED_KEYS):
         name = shown(f"{arch}.{unknown[0]}")
@@ -210,7 +210,7 @@ def config_from_gguf(metadata: dict[str, Any], tensors: dict[str, StoredTensor])
             ),
         )
     return ModelConfig(
-        model_type=_MODEL_TYPES[arch],
+        model_type=MODEL_TYPES[arch],
         vocab_size=rows("token_embd.weight", 0),
         hidden_size=hidden,
         num_layers=size("block_count", most=MAX_LAYERS),
