@@ -33,12 +33,12 @@ def main(args: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from qwen_jax.weights.gguf_export import GGUF_TYPES, save_gguf, warn_of_unsaid
+    from qwen_jax.weights.gguf_export import GGUF_TYPES, GgufType, save_gguf, warn_of_unsaid
     from qwen_jax.weights.open import open_checkpoint
 
-    kind = next(kind for kind in GGUF_TYPES if options.to == f"gguf-{kind}")
+    kinds: dict[str, GgufType] = {f"gguf-{kind}": kind for kind in GGUF_TYPES}
     checkpoint = open_checkpoint(options.src)
-    lost = save_gguf(checkpoint, options.dst, kind)
+    lost = save_gguf(checkpoint, options.dst, kinds[options.to])
     table = Table("matrices", "stored as", "relative error", title=f"{options.src} as {options.to}", box=None)
     table.columns[2].justify = "right"
     for row in lost:
