@@ -1,7 +1,7 @@
 """An adapter for the default model, on a dictionary of Chinese idioms: 20 short steps on two CPU cores.
 
 Command: qwen-jax train lora_demo
-Hardware: 2 CPU cores, 4 GiB of memory.
+Hardware: 2 CPU cores.
 Result: runs/lora_demo/final is a PEFT folder of rank 16 over all projections, runs/lora_demo/hf the merged model.
 """
 
