@@ -72,7 +72,11 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (4, 33))
 
 @pytest.mark.parametrize(
     ("kind", "base"),
-    [("lora", "dense"), pytest.param("rslora", "dense", marks=pytest.mark.slow), ("dora", "int8, layers apart")],
+    [
+        ("lora", "dense"),
+        pytest.param("rslora", "dense", marks=pytest.mark.slow),
+        pytest.param("dora", "int8, layers apart", marks=pytest.mark.slow),
+    ],
 )
 def test_losses_and_folders_are_peft_s(kind: str, base: str, tmp_path: Path) -> None:
     params = parameters(TIED)

@@ -63,6 +63,7 @@ def test_the_command_writes_a_folder_that_a_run_starts_from(tmp_path, capsys):
         assert checkpoint.tokenizer().encode("the") == Tokenizer.train(TEXTS, 290).encode("the")
 
 
+@pytest.mark.slow
 def test_a_stage_changes_the_rope_base_of_its_checkpoint(tmp_path):
     experiment, _ = load_experiment(str(make_run(tmp_path)))
     losses = {}

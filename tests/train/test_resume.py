@@ -74,6 +74,7 @@ def test_it_learns_and_leaves_what_it_promises(experiment):
     assert names(folder) == ["12", "9"]
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_at_random_steps(experiment):
     """Kill -9, then SIGTERM, then to the end."""
     rng = np.random.default_rng()
@@ -106,6 +107,7 @@ def test_a_damaged_checkpoint_is_set_aside(experiment):
     assert_same_run(experiment, folder)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_nothing_but_the_new_checkpoints(experiment):
     folder, arguments = copy_of_run(experiment, "full", without=("12",))
     limited = f"""

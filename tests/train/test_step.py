@@ -68,7 +68,9 @@ def test_loss_and_gradients_equal_transformers(config, tmp_path):
         assert error <= 1e-5 * max(largest, 1e-2), name
 
 
-@pytest.mark.parametrize("config", [CONFIG, UNBALANCED], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(CONFIG, id="dense"), pytest.param(UNBALANCED, id="moe", marks=pytest.mark.slow)]
+)
 def test_micro_batches_equal_the_whole_batch(config):
     """Rows have different numbers of tokens, so a mean of means would differ."""
     batch = packed_batch(8, 32)
@@ -80,6 +82,7 @@ def test_micro_batches_equal_the_whole_batch(config):
             np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_global_batch_balance_is_that_of_the_whole_batch_at_the_last_micro_batch():
     """Equal micro-batches have equal counts, so both variants and the whole batch agree; unequal ones do not."""
     batch = packed_batch(4, 32)
@@ -96,7 +99,7 @@ def test_global_batch_balance_is_that_of_the_whole_batch_at_the_last_micro_batch
     assert different[0] < different[1]  # a part is never more even than the whole
 
 
-@pytest.mark.parametrize("balance", ["global-batch", "micro-batch"])
+@pytest.mark.parametrize("balance", [pytest.param("global-batch", marks=pytest.mark.slow), "micro-batch"])
 def test_an_empty_micro_batch_counts_nothing(balance):
     """The last batch of finite data is filled up with rows of padding, which may be whole micro-batches."""
     batch = packed_batch(8, 32)
@@ -114,11 +117,10 @@ def test_an_empty_micro_batch_counts_nothing(balance):
 @pytest.mark.parametrize(
     "sizes, config",
     [
-        (dict(fsdp=4, tensor=2), TIED),
-        (dict(data=2, fsdp=1, tensor=2, context=2), CONFIG),
-        (dict(fsdp=2, expert=4), UNBALANCED),
+        pytest.param(dict(fsdp=4, tensor=2), TIED, id="fsdp and tensor", marks=pytest.mark.slow),
+        pytest.param(dict(data=2, fsdp=1, tensor=2, context=2), CONFIG, id="data, tensor and context"),
+        pytest.param(dict(fsdp=2, expert=4), UNBALANCED, id="experts", marks=pytest.mark.slow),
     ],
-    ids=["fsdp and tensor", "data, tensor and context", "experts"],
 )
 def test_every_mesh_makes_the_same_update(sizes, config):
     batch = packed_batch(16, 32)
@@ -164,7 +166,12 @@ def bfloat16_share(gradient) -> float:
 
 
 @pytest.mark.parametrize(
-    "config, accumulate", [(CONFIG, 1), (CONFIG, 2), (MOE, 1)], ids=["dense", "micro-batches", "moe"]
+    "config, accumulate",
+    [
+        pytest.param(CONFIG, 1, id="dense"),
+        pytest.param(CONFIG, 2, id="micro-batches", marks=pytest.mark.slow),
+        pytest.param(MOE, 1, id="moe", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_are_of_one_dtype(config, accumulate):
     """As they are summed and kept; micro-batches, and what is not of the layers, add up in float32."""
@@ -185,6 +192,7 @@ def test_gradients_are_of_one_dtype(config, accumulate):
         assert np.max(np.abs(ours - theirs)) <= 2**-8 * max(scale, 1e-6)  # half a unit in the last place, two roundings
 
 
+@pytest.mark.slow
 def test_an_adapter_on_frozen_int8_weights_trains():
     """Its gradients are those of the dense weights it stands for, by the chain rule; nothing else has any."""
     params = parameters(CONFIG)
