@@ -20,7 +20,7 @@ from aot.report import Report
 from aot.targets import parse_target
 from aot.worker import ENVIRONMENT
 from qwen_jax.errors import InputError
-from qwen_jax.weights.default_model import cache_folder
+from qwen_jax.local_path import cache_folder
 
 Mode = Literal["full", "estimate"]
 

@@ -27,10 +27,10 @@ from qwen_jax.backend import Backend
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import native
+from qwen_jax.local_path import cache_folder
 from qwen_jax.model import Params, param_shardings
 from qwen_jax.sharding import MeshConfig, make_mesh
 from qwen_jax.tokenizer import Generation, Tokenizer, check_tokenizer
-from qwen_jax.weights.default_model import cache_folder
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.open import GgufCheckpoint, open_checkpoint
 from qwen_jax.weights.peft import apply_adapter, read_adapter

@@ -1,7 +1,8 @@
-"""Paths that users give: of this machine, for nothing reads or writes object stores yet."""
+"""Paths of this machine: those that users give, for nothing reads or writes object stores yet, and the cache's."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,11 @@ def local_path(path: str | Path) -> Path:
             "copy it, or mount it, and give a local path."
         )
     return Path(path)
+
+
+def cache_folder() -> Path:
+    """Where we keep downloads and what is compiled: $XDG_CACHE_HOME/qwen-jax, by default ~/.cache/qwen-jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-jax"
 
 
 # what a field of a command's options is declared as

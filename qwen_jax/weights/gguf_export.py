@@ -15,11 +15,11 @@ import numpy as np
 
 from qwen_jax.config import DynamicNtkScaling, LinearScaling, ModelConfig, YarnScaling
 from qwen_jax.errors import InputError
+from qwen_jax.leaves.encode import encode
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.weights._files import new_file, progress_bar
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.dequant import BLOCK_FORMATS
-from qwen_jax.weights.encode import encode
 from qwen_jax.weights.export import Tensor, plan
 from qwen_jax.weights.gguf import MODEL_TYPES
 

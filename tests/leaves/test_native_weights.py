@@ -10,7 +10,8 @@ import pytest
 
 from qwen_jax.kernels import native as kernels
 from qwen_jax.leaves import Blocks, Grouped, Int8, Leaf, Lora, Weight, lookup, matmul, swiglu_mlp
-from qwen_jax.leaves.native import Native, pack, q8_0
+from qwen_jax.leaves.encode import encode
+from qwen_jax.leaves.native import Native, pack
 from tests.kernels.test_native import gguf_blocks
 
 if reason := kernels.why_not():
@@ -68,7 +69,7 @@ def test_axes_of_heads() -> None:
 
 def test_dense_becomes_q8_0() -> None:
     raw = gguf.quants.quantize(np.asarray(DENSE), gguf.GGMLQuantizationType.Q8_0)
-    np.testing.assert_array_equal(q8_0(np.asarray(DENSE)).reshape(raw.shape), raw)
+    np.testing.assert_array_equal(encode(np.asarray(DENSE), "Q8_0"), raw)
     packed: Any = pack(DENSE.astype(jnp.bfloat16))
     assert packed.format == "Q8_0" and packed.dtype == jnp.float32
 

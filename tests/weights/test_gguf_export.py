@@ -9,9 +9,9 @@ import pytest
 
 from qwen_jax.config import DualChunk, LinearScaling, MoeConfig, YarnScaling
 from qwen_jax.errors import InputError
+from qwen_jax.leaves.encode import ENCODERS, encode
 from qwen_jax.model import init
 from qwen_jax.weights.dequant import BLOCK_FORMATS
-from qwen_jax.weights.encode import ENCODERS, encode
 from qwen_jax.weights.gguf import read_gguf
 from qwen_jax.weights.gguf_export import more_bits, save_gguf, unsaid
 from qwen_jax.weights.load import load_params

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from qwen_jax.errors import InputError
+from qwen_jax.local_path import cache_folder
 from qwen_jax.weights._files import progress_bar, writing
-from qwen_jax.weights.default_model import cache_folder
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 _SHOW_PROGRESS_ABOVE = 1 << 28  # bytes

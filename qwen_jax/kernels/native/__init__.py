@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.kernels.native.builder import Unavailable, build
-from qwen_jax.weights.default_model import cache_folder
+from qwen_jax.local_path import cache_folder
 
 # in the order of kernels.c; of GGUF's, the inputs that a block of it holds
 GGUF_INPUTS = {

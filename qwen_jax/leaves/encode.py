@@ -1,6 +1,6 @@
 """float32 to GGUF's block formats, by the searches of llama.cpp's `ggml-quants.c` (its `_ref` functions).
 
-The inverse of `dequant`. Rounding to scales is float32 as there; where its compiler fuses other operations than ours,
+The inverse of `blocks`. Rounding to scales is float32 as there; where its compiler fuses other operations than ours,
 a code on the edge between two may come out as its neighbour.
 """
 
