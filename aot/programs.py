@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import jax
     from jax.sharding import Mesh
 
+    from train.optimizer import Moments
+
 Step = Literal["train", "prefill", "decode"]
 
 
@@ -35,7 +37,7 @@ class Program:
     mesh: tuple[tuple[str, int], ...] = ()
     """size of each mesh axis that is not 1"""
     remat: str = "full"
-    moments: str = "float32"
+    moments: Moments = "float32"
     accumulate: int = 1
     weights: Literal["bfloat16", "int8"] = "bfloat16"
     """of prefill and decode; int8 stores the layers' matrices in one byte per weight"""
@@ -92,7 +94,7 @@ def _lower_train(program: Program, mesh: Mesh) -> jax.stages.Lowered:
     if program.experiment:
         run, _ = load_experiment(program.model)
         objective, optimizer, settings, steps = run.objective, run.optimizer, run.step, run.steps
-    optimizer = dataclasses.replace(optimizer, moments=program.moments)  # type: ignore[arg-type]
+    optimizer = dataclasses.replace(optimizer, moments=program.moments)
     settings = dataclasses.replace(settings, remat=program.remat, accumulate=program.accumulate)
     arguments = abstract_arguments(config, objective, optimizer, mesh, rows, length)
     step = jit_train_step(config, objective, optimizer, settings, steps, mesh, arguments)

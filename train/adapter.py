@@ -117,9 +117,12 @@ def adapter_of(model: ModelConfig, params: Mapping[str, Any]) -> Adapter:
         apart = isinstance(layers, Unstacked) and section == "layers"
         each = [get_leaf(tree, rest) for tree in layers] if apart else [get_leaf(params, leaf.path)]
         if isinstance(each[0], Lora):
-            arrays = [
-                None if part[0] is None else np.stack(part) if apart else np.asarray(part[0])
-                for part in ([getattr(lora, name) for lora in each] for name in ("a", "b", "magnitude"))
-            ]
-            found[leaf.path] = LowRank(arrays[0], arrays[1], arrays[2], each[0].scaling)  # type: ignore[arg-type]
+            a, b, magnitude = (_together(each, name, apart) for name in ("a", "b", "magnitude"))
+            found[leaf.path] = LowRank(a, b, magnitude, each[0].scaling)
     return found
+
+
+def _together(adapters: list[Lora], name: str, apart: bool) -> Any:
+    """An array of an adapter, stacked where layers are apart; None where there is none."""
+    arrays = [getattr(adapter, name) for adapter in adapters]
+    return None if arrays[0] is None else np.stack(arrays) if apart else np.asarray(arrays[0])

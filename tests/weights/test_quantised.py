@@ -213,6 +213,53 @@ def test_experts_and_one_matrix_for_queries_keys_and_values(model_type: str, tmp
     assert np.linalg.norm(found - logits) <= 2e-5 * np.linalg.norm(logits)
 
 
+def kernel(folder: Path, leaf: str) -> Any:
+    kept = load_params(open_checkpoint(folder), np.float32, dequantise=False, progress=False)
+    return kept["layers"][0]["attention"][leaf]["kernel"]
+
+
+def test_gptq_of_two_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {}
+    for module, rows in (("k_proj", 128), ("o_proj", 256)):
+        parts = {"qweight": (256 // 16, rows), "qzeros": (256 // 64, rows // 16)}
+        tensors |= {
+            f"{module}.{part}": torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
+            for part, shape in parts.items()
+        }
+        tensors[f"{module}.scales"] = torch.rand(256 // 64, rows).half()
+        tensors[f"{module}.g_idx"] = torch.arange(256, dtype=torch.int32) // 64
+    config = GPTQ | {"bits": 2, "group_size": 64}
+    folder, _ = write(tmp_path / "model", config, tensors)
+    np.testing.assert_array_equal(
+        kernel(folder, "o").dense(), expected(config, tensors, "o_proj").reshape(256, 4, 64).numpy()
+    )
+
+
+def test_bitsandbytes_of_eight_bits(tmp_path: Path) -> None:
+    """Its code multiplies twice, by a row's largest value and by 1 / 127; one scale instead rounds once less."""
+    torch.manual_seed(0)
+    tensors = {}
+    for module, rows in (("k_proj", 128), ("o_proj", 256)):
+        tensors[f"{module}.weight"] = torch.randint(-127, 128, (rows, 256), dtype=torch.int8)
+        tensors[f"{module}.SCB"] = torch.rand(rows)
+        tensors[f"{module}.weight_format"] = torch.tensor(0, dtype=torch.uint8)
+    folder, _ = write(tmp_path / "model", {"quant_method": "bitsandbytes", "load_in_8bit": True}, tensors)
+    wanted = tensors["o_proj.weight"] * tensors["o_proj.SCB"][:, None] * 7.874015718698502e-3
+    np.testing.assert_allclose(kernel(folder, "o").dense(), wanted.reshape(256, 4, 64).numpy(), rtol=2.4e-7)
+
+
+def test_bitsandbytes_fp4(tmp_path: Path) -> None:
+    config, tensors = stored("bnb-nf4")
+    half = torch.tensor([0, 0.0052083333, 2 / 3, 1, 1 / 3, 0.5, 1 / 6, 0.25])
+    for module in ("k_proj", "o_proj"):
+        tensors[f"{module}.weight.quant_map"] = torch.cat([half, -half])
+    wanted = expected(config, tensors, "o_proj").reshape(256, 4, 64).numpy()
+    renamed = {name.replace("__nf4", "__fp4"): value for name, value in tensors.items()}
+    folder, _ = write(tmp_path / "model", config | {"bnb_4bit_quant_type": "fp4"}, renamed)
+    np.testing.assert_array_equal(kernel(folder, "o").dense(), wanted)
+
+
 def test_qwen3_s_own_fp8(tmp_path: Path) -> None:
     """Its scales are named inverses and multiply all the same."""
     _, tensors = stored("ct-fp8-block")
