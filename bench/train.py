@@ -1,10 +1,11 @@
 """`python -m bench.train`: a training step of ours beside transformers + PyTorch on the same model, batch and dtype.
 
 Each side runs in a process of its own: random weights, forward, backward, clipping and AdamW, float32 weights and
-moments. On a CPU both compute in float32, with as many threads as cores, PyTorch with SDPA attention and its fused
-AdamW. On a GPU both compute in bfloat16 from float32 weights (PyTorch by autocast and torch.compile, which is how it is
-fastest there), on rows of 4096 tokens, and tokens per second and model FLOPs utilisation are printed too. Times are the
-best of the repetitions; peak memory is the process's, or the GPU's. Read the ratios.
+moments, or LoRA over frozen weights. On a CPU both compute in float32, with as many threads as cores, PyTorch with SDPA
+attention and its fused AdamW. On a GPU both compute in bfloat16 from float32 weights (PyTorch by autocast and
+torch.compile, which is how it is fastest there), on rows of 4096 tokens, and tokens per second and model FLOPs
+utilisation are printed too. Times are the best of the repetitions; peak memory is the process's, or the GPU's. Read the
+ratios.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
@@ -30,11 +31,17 @@ class Case:
     model: str
     rows: int
     length: int
+    rank: int = 0
+    """Of LoRA over every matrix, on weights frozen in bfloat16; 0 trains the weights."""
 
 
 ON_CPU = {"20M": Case("20M", 4, 256), "0.5B": Case("qwen2.5-0.5b", 1, 256)}
 # rows that leave PyTorch, whose logits are held whole, within 80 GB
-ON_GPU = {"0.5B": Case("qwen2.5-0.5b", 4, 4096), "1.5B": Case("qwen2.5-1.5b", 2, 4096)}
+ON_GPU = {
+    "0.5B": Case("qwen2.5-0.5b", 4, 4096),
+    "1.5B": Case("qwen2.5-1.5b", 2, 4096),
+    "7B, LoRA": Case("qwen2.5-7b", 1, 4096, rank=16),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +132,12 @@ def architecture(name: str) -> ModelConfig:
 def _report(case: Case, seconds: float, peak_bytes: float) -> dict[str, float]:
     result = {"seconds": seconds, "peak memory, GiB": peak_bytes / 2**30}
     if _has_gpu():
-        from train.metrics import utilisation
+        from qwen_jax.flops import utilisation
 
         result["tok/s"] = case.rows * case.length / seconds
-        if (mfu := utilisation(architecture(case.model), case.rows, case.length, seconds)) is not None:
+        # by an adapter fewer FLOPs are needed than the formula counts
+        mfu = None if case.rank else utilisation(architecture(case.model), case.rows, case.length, seconds)
+        if mfu is not None:
             result["MFU"] = mfu
     return result
 
@@ -140,11 +149,26 @@ def _tokens(case: Case, vocab_size: int) -> Any:
 
 
 def _ours(case: Case, repetitions: int) -> dict[str, float]:
+    from infer.arguments import peak_memory_gib
+
+    step = our_step(case)
+    best = float("inf")
+    for _ in range(repetitions + 1):
+        began = time.perf_counter()
+        step()
+        best = min(best, time.perf_counter() - began)
+    return _report(case, best, peak_memory_gib() * 2**30)
+
+
+def our_step(case: Case) -> Callable[[], float]:
+    """A compiled step, called for its loss: its state is kept from call to call."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
-    from infer.arguments import peak_memory_gib
+    from qwen_jax.model import init
     from qwen_jax.sharding import MeshConfig, make_mesh
+    from train.adapter import AdapterConfig, adapted
     from train.batch import TokenBatch
     from train.loop import signals
     from train.objectives.pretrain import Pretrain
@@ -166,23 +190,34 @@ def _ours(case: Case, repetitions: int) -> dict[str, float]:
         loss_mask=np.ones((case.rows, case.length), np.float32),
     )
     with jax.set_mesh(mesh):
-        arguments = abstract_arguments(model, objective, optimizer, mesh, case.rows, case.length)
+        roles = frozen = None
+        if case.rank:
+            base = jax.jit(lambda key: init(model, key, jnp.bfloat16))(jax.random.key(0))
+            roles = {"policy": adapted(AdapterConfig(rank=case.rank), model, base, 0)}
+            frozen = split(objective, optimizer, roles)[1]
+        arguments = abstract_arguments(model, objective, optimizer, mesh, case.rows, case.length, roles)
         compiled = jit_train_step(model, objective, optimizer, step, 1000, mesh, arguments).lower(*arguments).compile()
         layout = jax.tree.map(lambda leaf: leaf.sharding, arguments)
 
-        def start(key: Any) -> Any:
-            return new_state(split(objective, optimizer, init_roles(model, objective, key))[0], optimizer)
+        def start(roles: Any) -> Any:
+            return new_state(split(objective, optimizer, roles)[0], optimizer)
 
-        state, frozen = jax.jit(start, out_shardings=layout[0])(jax.random.key(0)), arguments[1]
+        if roles is None:
+            new = jax.jit(lambda key: start(init_roles(model, objective, key)), out_shardings=layout[0])
+            state, frozen = new(jax.random.key(0)), arguments[1]
+        else:
+            state = jax.device_put(start(roles), layout[0])
         batch = jax.device_put(batch, layout[2])
-        best = float("inf")
-        for turn in range(repetitions + 1):
-            here = signals(mesh, turn, missing=False, stop=False)
-            began = time.perf_counter()
-            state, metrics = compiled(state, frozen, batch, here)
-            float(metrics["loss"])
-            best = min(best, time.perf_counter() - began)
-    return _report(case, best, peak_memory_gib() * 2**30)
+    held = {"state": state, "turn": 0}
+
+    def call() -> float:
+        with jax.set_mesh(mesh):
+            here = signals(mesh, held["turn"], missing=False, stop=False)
+            held["state"], metrics = compiled(held["state"], frozen, batch, here)
+        held["turn"] += 1
+        return float(metrics["loss"])
+
+    return call
 
 
 def _transformers(case: Case, repetitions: int) -> dict[str, float]:
@@ -197,12 +232,17 @@ def _transformers(case: Case, repetitions: int) -> dict[str, float]:
     ours = architecture(case.model)
     fields = ours.to_hf()
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    dtype = torch.bfloat16 if case.rank and device == "cuda" else torch.float32
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.config.use_cache = False
+    if case.rank:
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=case.rank, target_modules="all-linear"))
     model.train()
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
     tokens = torch.tensor(_tokens(case, ours.vocab_size), device=device)
@@ -214,7 +254,7 @@ def _transformers(case: Case, repetitions: int) -> dict[str, float]:
             logits = forward(tokens[:, :-1]).logits
             loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+
 from qwen_jax.config import ModelConfig
 
 # Dense bfloat16 FLOP/s of one JAX device, by the beginning of its kind: Google's and NVIDIA's published figures.
@@ -68,3 +70,16 @@ def _last_layer_params(config: ModelConfig) -> int:
 def peak_flops(device_kind: str) -> float | None:
     """bfloat16 FLOP/s of a device, or None where none is published or, as for a CPU, none could be reached."""
     return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+
+
+def utilisation(model: ModelConfig, batch_size: int, length: int, seconds: float) -> float | None:
+    """Model FLOPs utilisation (MFU) of a step on all devices: 3 forward passes of FLOPs / (seconds x devices x peak).
+
+    A forward pass of a row of T tokens has 2 N T FLOPs for the N parameters a token is multiplied by, and
+    4 H h (1 + 2 + ... + T) in each layer's attention: causal, so half of T^2, and rows count as one document each.
+    Recomputation does not count. None where the peak is unknown.
+    """
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is None:
+        return None
+    return model_flops(model, "train", batch_size, length) / (seconds * jax.device_count() * peak)

@@ -64,6 +64,7 @@ BACKENDS = {
     "cpu": current_backend(),
     "native": dataclasses.replace(current_backend(), native=True),
     "tpu": Backend("tpu", interpret=True),
+    "gpu": Backend("gpu", interpret=True),
 }
 
 
@@ -103,7 +104,8 @@ def test_int8_is_within_half_a_step() -> None:
         ("cpu", 64, "blocks of pages"),
         ("tpu", 1, "TPU paged decode kernel"),
         ("tpu", 64, "pages gathered"),
-        ("gpu", 1, "blocks of pages"),
+        ("gpu", 1, "GPU paged decode kernel"),
+        ("gpu", 64, "pages gathered"),
         ("native", 1, "native paged decode kernel"),
         ("native", 64, "blocks of pages"),
     ],

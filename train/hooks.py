@@ -14,9 +14,10 @@ import numpy as np
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import CheckFailed
+from qwen_jax.flops import utilisation
 from train.checkpoint import Checkpoints
 from train.loop import Hook, Source, Step
-from train.metrics import Display, Recorder, utilisation
+from train.metrics import Display, Recorder
 from train.objective import Term
 from train.state import TrainState
 from train.watch import SAVING, Watch

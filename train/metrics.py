@@ -12,29 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import record_writer
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
-from qwen_jax.config import ModelConfig
-from qwen_jax.flops import model_flops, peak_flops
 from train.files import Appended, write_whole
-
-
-def utilisation(model: ModelConfig, batch_size: int, length: int, seconds: float) -> float | None:
-    """Model FLOPs utilisation (MFU) of a step on all devices: 3 forward passes of FLOPs / (seconds x devices x peak).
-
-    A forward pass of a row of T tokens has 2 N T FLOPs for the N parameters a token is multiplied by, and
-    4 H h (1 + 2 + ... + T) in each layer's attention: causal, so half of T^2, and rows count as one document each.
-    Recomputation does not count. None where the peak is unknown.
-    """
-    peak = peak_flops(jax.devices()[0].device_kind)
-    if peak is None:
-        return None
-    return model_flops(model, "train", batch_size, length) / (seconds * jax.device_count() * peak)
 
 
 class Recorder:

@@ -1,14 +1,14 @@
 """`python -m bench.gpu --out DIR`: everything that needs a GPU, in under eight minutes on one H100 or H200.
 
 Each section runs in a process of its own, under a limit of its own, and appends its results to DIR/gpu.jsonl as
-they come, so that a run cut short still counts. It needs jax with its CUDA plugin, PyTorch, transformers and tyro;
+they come, so that a run cut short still counts. It needs jax with its CUDA plugin, and what `NEEDED` names;
 nothing is downloaded. `--rehearse` runs the same code on a CPU at tiny sizes, kernels interpreted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -25,14 +25,19 @@ SECTIONS = {
     "checks": ("kernels", 120),
     "attention": ("kernels", 150),
     "decode-attention": ("kernels", 90),
-    "decode": ("model", 120),
+    "decode": ("model", 150),
     "crosscheck": ("model", 120),
     "train": ("model", 240),
     "products": ("kernels", 60),
+    "experts": ("kernels", 60),
     "default-model": ("model", 150),
     "tiles": ("kernels", 150),
+    "group-tiles": ("kernels", 150),
+    "profile": ("model", 90),
 }
-OPTIONAL = ("tiles",)
+NEEDED = ("flax", "grain", "hypothesis", "jinja2", "optax", "orbax", "peft", "safetensors", "torch", "tokenizers",
+          "transformers", "tyro")  # fmt: skip
+OPTIONAL = ("tiles", "group-tiles", "profile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,8 @@ class Arguments:
     """Folder for gpu.jsonl; made if it is not there, and appended to if it is."""
     sections: tuple[str, ...] = tuple(name for name in SECTIONS if name not in OPTIONAL)
     """What to run, in this order: device, checks, attention, decode-attention, decode, crosscheck, train, products,
-    default-model; and tiles, which looks for better tiles of the kernels and is run only when it is named."""
+    experts, default-model; and, run only when they are named, tiles and group-tiles, which look for better tiles of the
+    kernels, and profile, which says what a training step spends its time on."""
     seconds: int = 470
     """For all sections together; those that would start later are left out, and said to be."""
     rehearse: bool = False
@@ -62,6 +68,11 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Arguments, args=argv, prog="python -m bench.gpu")
     if unknown := [name for name in options.sections if name not in SECTIONS]:
         print(f"there is no section {', '.join(unknown)}; use some of {', '.join(SECTIONS)}.", file=sys.stderr)
+        return 2
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        print(
+            f"{', '.join(missing)} not installed, which some section needs; install, or carry wheels.", file=sys.stderr
+        )
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     results, began, good = options.out / "gpu.jsonl", time.monotonic(), True

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 
 from bench.gpu import measure
 from bench.gpu.measure import attempt, bandwidth, record, seconds, torch_wait
-from qwen_jax.kernels import decode_gpu, flash_gpu
+from qwen_jax.backend import Backend
+from qwen_jax.kernels import decode_gpu, flash_gpu, grouped, groups_gpu
 from qwen_jax.kernels.flash_gpu import Blocks, Plan
+from qwen_jax.leaves import Grouped, Int8, Leaf, matmul
 
 # query heads, key/value heads, width: Qwen2.5-0.5B's and 7B's
 HEADS = ((14, 2, 64), (28, 4, 128))
@@ -39,6 +41,8 @@ def checks() -> None:
     """Values and gradients of the kernels against PyTorch's and NumPy's float64, by the tests' own checks."""
     from tests.kernels import test_decode_attention as decode_tests
     from tests.kernels import test_flash_gpu as flash_tests
+    from tests.kernels import test_grouped as grouped_tests
+    from tests.kernels import test_groups_gpu as groups_tests
 
     cases, plan = flash_tests.LARGE, None
     if measure.rehearsing:
@@ -51,6 +55,17 @@ def checks() -> None:
     for case in decode_tests.GPU[: 1 if measure.rehearsing else None]:
         check = functools.partial(decode_tests.check_on_gpu, case, interpret=measure.rehearsing)
         attempt(functools.partial(_holds, check), kernel="decode", case=_described(case))
+    for case in decode_tests.GPU_PAGED[: 1 if measure.rehearsing else None]:
+        check = functools.partial(decode_tests.check_paged_on_gpu, case, interpret=measure.rehearsing)
+        attempt(functools.partial(_holds, check), kernel="paged decode", case=_described(case))
+    for case in groups_tests.CASES + groups_tests.LARGE if not measure.rehearsing else groups_tests.CASES[:1]:
+        check = functools.partial(groups_tests.check, case, interpret=measure.rehearsing)
+        attempt(functools.partial(_holds, check), kernel="groups", case=_described(case))
+    backend = Backend("gpu", interpret=measure.rehearsing)
+    names = ("some empty",) if measure.rehearsing else tuple(grouped_tests.GROUPS)
+    for name, dtype in itertools.product(names, ("float32", "bfloat16")):
+        check = functools.partial(grouped_tests.check, backend, dtype, *grouped_tests.GROUPS[name])
+        attempt(functools.partial(_holds, check), kernel="experts", case=f"{name} {dtype}")
 
 
 def _holds(check: Callable[[], None]) -> dict[str, Any]:
@@ -88,38 +103,124 @@ def decode_attention() -> None:
         shape = batch, 1, length, heads, kv_heads, width
         for side, attend in {"ours": _ours_decoding, "plain": _plain_decoding}.items():
             attempt(functools.partial(_decoding, attend, ceiling, *shape), **names, side=side)
+        for page, dtype in ((16, jnp.bfloat16), (64, jnp.bfloat16), (64, jnp.int8)):
+            run = functools.partial(_decoding_pages, page, jnp.dtype(dtype), ceiling, *shape)
+            attempt(run, **names, side=f"ours, pages of {page}, {jnp.dtype(dtype).name}")
         attempt(functools.partial(_torch_decoding, ceiling, *shape), **names, side="torch SDPA")
 
 
 def products() -> None:
-    """x @ W^T of 7B's MLP with W in bfloat16, int8 and int4 widened within the product, at 1, 8 and 64 rows."""
+    """x @ W^T of 7B's MLP with W in bfloat16 and few bits, at 1, 8 and 64 rows: by our kernel, and as XLA makes it."""
     ceiling = bandwidth()
-    size_out, size_in = (18944, 3584) if not measure.rehearsing else (128, 64)
-    weights = [jax.random.normal(jax.random.key(i), (size_out, size_in), jnp.bfloat16) for i in range(4)]
-    few_bits = {
-        "bfloat16": (weights, 2.0),
-        "int8": ([(w * 30).astype(jnp.int8) for w in weights], 1.0),
-        "int4": ([(w * 2).astype(jnp.int4) for w in weights], 0.5),
-    }
-    for rows, (name, (ws, weight_bytes)) in itertools.product((1, 8, 64), few_bits.items()):
+    size_out, size_in = (18944, 3584) if not measure.rehearsing else (128, 256)
+    dense = [0.02 * jax.random.normal(jax.random.key(i), (size_out, size_in), jnp.bfloat16) for i in range(4)]
+    kinds = {"bfloat16": dense, "int8": [Int8.quantise(w) for w in dense]}
+    kinds |= {f"{name}, 128": [_in_groups(w, name) for w in dense] for name in ("int4", "int8")}
+    for rows, (name, weights) in itertools.product((1, 8, 64), kinds.items()):
         x = jax.random.normal(jax.random.key(9), (rows, size_in), jnp.bfloat16)
-        attempt(functools.partial(_product, x, ws, weight_bytes, ceiling), weight=name, rows=rows)
+        for most in (0, groups_gpu.MOST_ROWS) if "," in name else (0,):
+            run = functools.partial(_product, x, weights, most, ceiling)
+            attempt(run, weight=name, rows=rows, side="ours" if most else "XLA")
 
 
-def _product(x: jax.Array, ws: list[jax.Array], weight_bytes: float, ceiling: float) -> dict[str, Any]:
-    scale = jnp.ones((1, ws[0].shape[0]), jnp.float32)
+def _in_groups(weight: jax.Array, name: str) -> Grouped:
+    """Symmetric groups of 128, as GPTQ's."""
+    most = 7 if name == "int4" else 127
+    groups = weight.astype(jnp.float32).reshape(weight.shape[0], -1, 128)
+    scale = jnp.max(jnp.abs(groups), axis=-1) / most
+    return Grouped(jnp.round(groups / scale[..., None]).astype(name), scale.astype(jnp.float16))
 
-    @jax.jit
-    def multiply(x: jax.Array, ws: list[jax.Array]) -> list[jax.Array]:
-        def one(w: jax.Array) -> jax.Array:
-            y = jnp.einsum("bi,oi->bo", x, w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-            return (y * scale).astype(jnp.bfloat16)
 
-        return [one(w) for w in ws]
+def _product(x: jax.Array, weights: list[Leaf], most_rows: int, ceiling: float) -> dict[str, Any]:
+    before, groups_gpu.MOST_ROWS = groups_gpu.MOST_ROWS, most_rows
+    try:
+        with Backend("gpu", interpret=measure.rehearsing).entered():
+            multiply = jax.jit(lambda x, weights: [matmul(w, x, dtype=x.dtype) for w in weights])
+            # several weights in turn, so that none is read from the cache
+            compiled = multiply.lower(x, weights).compile()
+    finally:
+        groups_gpu.MOST_ROWS = before
+    taken = seconds(lambda: compiled(x, weights)) / len(weights)
+    return {"microseconds": taken * 1e6, "of copy's bytes/s": stored_bytes(weights[0]) / taken / ceiling}
 
-    # several weights in turn, so that none is read from the cache
-    taken = seconds(lambda: multiply(x, ws)) / len(ws)
-    return {"microseconds": taken * 1e6, "of copy's bytes/s": ws[0].size * weight_bytes / taken / ceiling}
+
+def experts() -> None:
+    """One product of Qwen1.5-MoE's experts, forward and both gradients: our kernels, and XLA's ragged_dot_general."""
+    num, size_out, size_in = (60, 1408, 2048) if not measure.rehearsing else (4, 32, 32)
+    weight = jax.random.normal(jax.random.key(0), (num, size_out, size_in), jnp.bfloat16)
+    for tokens in (64, 4096, 16384) if not measure.rehearsing else (4,):
+        rows = jax.random.normal(jax.random.key(1), (4 * tokens, size_in), jnp.bfloat16)
+        d_out = jax.random.normal(jax.random.key(2), (4 * tokens, size_out), jnp.bfloat16)
+        chosen = jax.random.randint(jax.random.key(3), (4 * tokens,), 0, num)
+        sizes = jnp.bincount(chosen, length=num)
+        for side, kernels in {"ours": "gpu", "XLA": "tpu"}.items():
+
+            def run(kernels: Any = kernels, rows: Any = rows, d_out: Any = d_out, sizes: Any = sizes) -> dict[str, Any]:
+                def both(weight: Any, rows: Any, sizes: Any, d_out: Any) -> Any:
+                    y, pull = jax.vjp(lambda w, x: grouped.grouped_matmul(w, x, sizes, jnp.bfloat16), weight, rows)
+                    return y, pull(d_out)
+
+                with Backend(kernels, interpret=measure.rehearsing).entered():
+                    forward = jax.jit(lambda w, x, sizes: grouped.grouped_matmul(w, x, sizes, jnp.bfloat16))
+                    forward, both = (
+                        forward.lower(weight, rows, sizes).compile(),
+                        jax.jit(both).lower(weight, rows, sizes, d_out).compile(),
+                    )
+                flops = 2 * rows.size * size_out
+                taken, whole = (
+                    seconds(lambda: forward(weight, rows, sizes)),
+                    seconds(lambda: both(weight, rows, sizes, d_out)),
+                )
+                return {
+                    "forward us": taken * 1e6,
+                    "TFLOP/s": flops / taken / 1e12,
+                    "with gradients us": whole * 1e6,
+                    "TFLOP/s of all": 3 * flops / whole / 1e12,
+                }
+
+            attempt(run, tokens=tokens, side=side)
+
+
+def group_tiles() -> None:
+    """Looks for better tiles of the product with groups, over two of 7B's shapes, and prints the fastest first."""
+    shapes = ((18944, 3584), (3584, 18944)) if not measure.rehearsing else ((128, 256),)
+    options = itertools.product((16, 32, 64, 128), (128,), (512, 1024), (4, 8), (3, 4, 5))
+    options = list(options) if not measure.rehearsing else [(64, 128, 512, 4, 4)]
+    before = _group_tile()
+    for (size_out, size_in), rows in itertools.product(shapes, (8, 64)):
+        weights = [
+            _in_groups(0.02 * jax.random.normal(jax.random.key(i), (size_out, size_in)), "int4") for i in range(4)
+        ]
+        x = jax.random.normal(jax.random.key(9), (rows, size_in), jnp.bfloat16)
+
+        traced = []
+        for tile in options:
+            _group_tile(*tile)
+            multiply = jax.jit(lambda x, weights: [matmul(w, x, dtype=x.dtype) for w in weights])
+            with Backend("gpu", interpret=measure.rehearsing).entered():
+                traced.append(multiply.trace(x, weights))
+        _group_tile(*before)
+
+        def build(traced: Any) -> Any:
+            try:
+                return traced.lower().compile()
+            except Exception:  # of many kinds: registers, shared memory
+                return None
+
+        with ThreadPoolExecutor() as pool:
+            built = list(pool.map(build, traced))
+        fits = [(run, tile) for run, tile in zip(built, options, strict=True) if run]
+        found = sorted((seconds(functools.partial(run, x, weights)) * 1e6 / 4, tile) for run, tile in fits)
+        for microseconds, tile in found[:6]:
+            record(shape=f"{size_out} x {size_in}", rows=rows, tile=list(tile), microseconds=microseconds)
+
+
+def _group_tile(*tile: int) -> tuple[int, ...]:
+    """Sets the tile if one is given, and returns the one that counts."""
+    names = ("FEATURES", "DEPTH", "PROGRAMS", "WARPS", "STAGES")
+    for name, value in zip(names, tile, strict=False):
+        setattr(groups_gpu, name, value)
+    return tuple(getattr(groups_gpu, name) for name in names)
 
 
 def tiles() -> None:
@@ -181,6 +282,29 @@ def _ours_decoding(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return decode_gpu.decode_attention(q[:, 0], k, v, lengths, interpret=measure.rehearsing)[0]
 
 
+def _decoding_pages(page: int, dtype: Any, ceiling: float, *shape: int) -> dict[str, Any]:
+    q, k, _ = _arrays(*shape)
+    batch, kv_heads, length, width = k.shape
+    count = batch * length // page
+    order = jax.random.permutation(jax.random.key(5), count).reshape(batch, -1).astype(jnp.int32)
+    lengths = jnp.full(batch, length, jnp.int32)
+    pages = [jax.random.normal(jax.random.key(i), (kv_heads, count, page, width)) for i in range(2)]
+    scales = []
+    if dtype == jnp.int8:
+        pages, scales = [30 * x for x in pages], [jnp.full((count, kv_heads, page), 1 / 30)] * 2
+    pages = [x.astype(dtype) for x in pages]
+
+    @jax.jit
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *scales: jax.Array) -> jax.Array:
+        k_scale, v_scale = scales or (None, None)
+        options: Any = {"k_scale": k_scale, "v_scale": v_scale, "interpret": measure.rehearsing}
+        return decode_gpu.paged_decode_attention(q[:, 0], k, v, lengths, order, **options)[0]
+
+    taken = seconds(lambda: attend(q, *pages, *scales))
+    moved = sum(x.nbytes for x in (*pages, *scales))
+    return {"microseconds": taken * 1e6, "of copy's bytes/s": moved / taken / ceiling}
+
+
 def _plain_decoding(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """The formula, as XLA compiles it."""
     queries = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
@@ -221,6 +345,11 @@ def _times(
         "forward and backward ms": both * 1e3,
         "TFLOP/s of both": 3.5 * flops / both / 1e12,  # the backward pass has five products, the forward two
     }
+
+
+def stored_bytes(tree: Any) -> int:
+    """Of arrays on a GPU, where two int4 numbers are a byte."""
+    return sum(x.nbytes // 2 if x.dtype == jnp.int4 else x.nbytes for x in jax.tree.leaves(tree))
 
 
 def _torch_device() -> str:

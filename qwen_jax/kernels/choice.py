@@ -212,6 +212,14 @@ def _tpu_paged(q: jax.Array, pages: Pages, tables: jax.Array, spec: AttentionSpe
     return paged_decode_attention(q[..., 0, :, :], pages.k, pages.v, _ends(q, spec), tables, **options)[:, None]
 
 
+def _gpu_paged(q: jax.Array, pages: Pages, tables: jax.Array, spec: AttentionSpec, backend: Backend) -> jax.Array:
+    from qwen_jax.kernels.decode_gpu import paged_decode_attention
+
+    scales: dict[str, Any] = {"k_scale": pages.k_scale, "v_scale": pages.v_scale}
+    options = _options(spec, backend) | scales
+    return paged_decode_attention(q[..., 0, :, :], pages.k, pages.v, _ends(q, spec), tables, **options)[0][:, None]
+
+
 def _native_paged(q: jax.Array, pages: Pages, tables: jax.Array, spec: AttentionSpec, backend: Backend) -> jax.Array:
     return _native(q, pages.k, pages.v, tables, spec, by_row=False)
 
@@ -244,6 +252,12 @@ def _ends(q: jax.Array, spec: AttentionSpec) -> jax.Array:
 
 PAGED_ROWS = (
     Row("TPU paged decode kernel", _fits_tpu_paged, _tpu_paged, merges=False),
+    Row(
+        "GPU paged decode kernel",
+        lambda case: case.backend.kernels == "gpu" and case.suits_decode_kernels,
+        _gpu_paged,
+        merges=False,
+    ),
     Row("native paged decode kernel", _fits_native, _native_paged, merges=False),
     # what a chunk of a prompt costs to gather is little beside reading it
     Row("pages gathered", lambda case: case.backend.kernels != "cpu" and 1 < case.num_queries, _gathered, merges=False),

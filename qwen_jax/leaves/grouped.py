@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.backend import current_backend
+from qwen_jax.kernels import groups_gpu
 from qwen_jax.leaves.groupwise import Groupwise
 from qwen_jax.leaves.weight import Component
+from qwen_jax.sharding import current_mesh
 
 # Rows up to which the groups' partial sums are scaled; above, a widened weight costs less than so many narrow products.
 # docs/quantisation.md has what the compiler makes of either.
@@ -50,8 +52,12 @@ class Grouped(Groupwise):
 
     def product(self, x: jax.Array) -> jax.Array:
         """Few rows, but for XLA:CPU: each group's product in the weight's own type, then its scale."""
-        if current_backend().kernels == "cpu" or self.codebook or math.prod(x.shape[:-1]) > FEW_ROWS:
+        backend, num_rows = current_backend().kernels, math.prod(x.shape[:-1])
+        if backend == "cpu" or self.codebook or num_rows > FEW_ROWS:
             return super().product(x)
+        if backend == "gpu" and current_mesh() is None and groups_gpu.fits(num_rows, self.values):
+            y = groups_gpu.product(x.reshape(num_rows, -1), self.values, self.scale, self.zero)
+            return y.reshape(*x.shape[:-1], *self.values.shape[:-2])
         x = x.reshape(*x.shape[:-1], *self.values.shape[-2:])  # [*batch, groups, group]
         out = self.values.ndim - 2
         last, groups = ((x.ndim - 1,), (out + 1,)), ((x.ndim - 2,), (out,))

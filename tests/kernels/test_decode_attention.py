@@ -154,6 +154,13 @@ GPU = [
     Case((7, 1), 128, "bfloat16", 384, 64, splits=3),
     Case((4, 4), 64, "float32", 600, 128, chunk_length=100, splits=2),
     Case((40, 2), 64, "float32", 80, 128),
+    Case((8, 1), 128, "int8", 520, 256, splits=2),
+]
+GPU_PAGED = [
+    Case((14, 2), 64, "float32", 384, 128, splits=2),
+    Case((7, 1), 128, "bfloat16", 160, 16, chunk_length=100),
+    Case((4, 4), 64, "int8", 96, 24, splits=3),
+    Case((8, 1), 128, "int8", 512, 64),
 ]
 
 
@@ -166,17 +173,19 @@ def check_on_gpu(case: Case, interpret: bool) -> None:
     """The kernel for GPUs: outputs, and the logarithms by which parts of a cache are merged."""
 
     @jax.jit
-    def attend(q: Any, k: Any, v: Any, lengths: Any, window: Any) -> Any:
+    def attend(q: Any, k: Any, v: Any, lengths: Any, window: Any, *scales: Any) -> Any:
+        k_scale, v_scale = scales or (None, None)
         return decode_gpu.decode_attention(
             q if case.chunk_length else q[0], k, v, lengths, window=window, chunk_length=case.chunk_length,
-            splits=case.splits, interpret=interpret,
+            k_scale=k_scale, v_scale=v_scale, splits=case.splits, interpret=interpret,
         )  # fmt: skip
 
     for lengths, window in (([1, 77, case.capacity], 2**30), ([case.capacity, 64, 30], 33), ([33, 2, 70], 1)):
         rng = np.random.default_rng(0)
-        (k, v), meant = draw_cache(case, rng, lengths)
+        (k, v, *scales), meant = draw_cache(case, rng, lengths)
         q = draw_queries(case, rng)
-        out, lse = attend(q, k[LAYER], v[LAYER], np.asarray(lengths, np.int32), window)
+        here = (x[LAYER] for x in scales)
+        out, lse = attend(q, k[LAYER], v[LAYER], np.asarray(lengths, np.int32), window, *here)
         check(case, out, q, meant, lengths, window)
         if not case.chunk_length:
             for b in range(BATCH):
@@ -184,6 +193,27 @@ def check_on_gpu(case: Case, interpret: bool) -> None:
                 scores = np.einsum("hd,hsd->hs", q[0, b], np.repeat(seen, case.heads[0] // case.heads[1], 0))
                 expected = np.log(np.sum(np.exp(scores.astype(np.float64) / case.head_dim**0.5), axis=-1))
                 np.testing.assert_allclose(lse[b], expected, rtol=1e-2 if case.dtype == "bfloat16" else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", GPU_PAGED, ids=str)
+def test_paged_on_gpu(case: Case) -> None:
+    check_paged_on_gpu(case, interpret=True)
+
+
+def check_paged_on_gpu(case: Case, interpret: bool) -> None:
+    @jax.jit
+    def attend(q: Any, k: Any, v: Any, lengths: Any, tables: Any, layer: Any, window: Any, *scales: Any) -> Any:
+        k_scale, v_scale = (x[layer] for x in scales) if scales else (None, None)
+        return decode_gpu.paged_decode_attention(
+            q if case.chunk_length else q[0], k[layer], v[layer], lengths, tables, window=window,
+            chunk_length=case.chunk_length, k_scale=k_scale, v_scale=v_scale, splits=case.splits, interpret=interpret,
+        )[0]  # fmt: skip
+
+    def run(q: Any, k: Any, v: Any, lengths: Any, tables: Any, *rest: Any) -> Any:
+        return attend(q, k, v, np.asarray(lengths, np.int32), np.asarray(tables, np.int32), *rest)
+
+    for lengths, window in (([1, 77, case.capacity], 2**30), ([case.capacity, 64, 0], 33), ([33, 2, 70], 1)):
+        run_paged(run, case, lengths, window, 0)
 
 
 def sweep(case: Case, make: Any, run_one: Any) -> None:

@@ -1,5 +1,7 @@
 """Grouped products against NumPy's in float64, with the kernels of every platform, and what they cost on CPU."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,15 +24,18 @@ GROUPS = {
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernels", ["cpu", "gpu", "tpu"])
-def test_values_and_gradients(kernels: str, dtype: str, groups: str) -> None:
-    sizes, num_rows = GROUPS[groups]
+def test_values_and_gradients(kernels: Any, dtype: str, groups: str) -> None:
+    check(Backend(kernels, interpret=True), dtype, *GROUPS[groups])
+
+
+def check(backend: Backend, dtype: str, sizes: list[int], num_rows: int) -> None:
     rng = np.random.default_rng(num_rows)
     weight = jnp.asarray(rng.standard_normal((len(sizes), 48, 32)), dtype)
     rows = jnp.asarray(rng.standard_normal((num_rows, 32)), dtype)
     grouped = np.arange(num_rows) < sum(sizes)
     dy = jnp.asarray(np.where(grouped[:, None], rng.standard_normal((num_rows, 48)), 0), jnp.float32)
 
-    with Backend(kernels, interpret=True).entered():  # type: ignore[arg-type]
+    with backend.entered():
         y, transposed = jax.vjp(
             lambda weight, rows: grouped_matmul(weight, rows, jnp.asarray(sizes), jnp.float32), weight, rows
         )
