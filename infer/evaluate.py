@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gzip
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +15,7 @@ import tyro
 
 from infer.arguments import ModelArguments
 from infer.evaluate_schemes import GRAMMAR, with_scheme
+from infer.progress import progress_bar
 from qwen_jax.errors import InputError
 from qwen_jax.local_path import LocalPath
 
@@ -83,7 +82,7 @@ class Perplexity(LengthArguments):
         rows = []
         reads = {n: (len(used) - n) // (self.stride or n) * n + n for n in self.lengths}
         schemes = self.schemes(qwen, longest)
-        with _progress("perplexity", sum(reads.values()) * len(schemes)) as advance:
+        with progress_bar("perplexity", sum(reads.values()) * len(schemes)) as advance:
             for scheme, model in schemes.items():
                 for length in self.lengths:
                     began = time.perf_counter()
@@ -149,7 +148,7 @@ class Needle(LengthArguments):
         rows = []
         schemes = self.schemes(qwen, longest + ANSWER_TOKENS)
         total = sum(len(trial.prompt) for trials in prompts.values() for trial in trials) * len(schemes)
-        with _progress("needle", total) as advance:
+        with progress_bar("needle", total) as advance:
             for scheme, model in schemes.items():
                 for (length, depth), trials in prompts.items():
                     score = sum(scores(model, trials)) / len(trials)
@@ -237,7 +236,7 @@ class Sparse(ModelArguments):
             raise InputError(f"the text gives {len(ids)} tokens, fewer than --tokens {self.tokens}; give more text.")
         config = dataclasses.replace(with_scheme(qwen.config, self.rope), max_position_embeddings=self.tokens)
         wanted = {name: getattr(self, name) for name in ("recall", "columns", "diagonals", "step", "rounds")}
-        with _progress("layers", self.rounds * config.num_layers, unit="layers") as advance, qwen.entered():
+        with progress_bar("layers", self.rounds * config.num_layers, unit="layers") as advance, qwen.entered():
             found = search(config, qwen.params, ids, **wanted, advance=advance)
         rows = [
             {
@@ -299,25 +298,6 @@ def _read(paths: Sequence[Path]) -> str:
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has neither infinity nor nan."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-@contextlib.contextmanager
-def _progress(description: str, total: int, unit: str = "tok") -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with rate and time left; yields the function that advances it by a count of `unit`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    speed = TextColumn("{task.fields[rate]}")
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(description, total=total, rate="")
-
-        def advance(count: int) -> None:
-            progress.advance(task, count)
-            elapsed = progress.tasks[0].elapsed
-            progress.update(task, rate=f"{progress.tasks[0].completed / elapsed:.3g} {unit}/s" if elapsed else "")
-
-        yield advance
 
 
 def _print_table(

@@ -83,15 +83,18 @@ def negative_log_likelihood(params: Params, tokens: jax.Array, first: jax.Array,
         counts = jnp.broadcast_to((index >= first) & (index < length), wanted.shape)
 
         def score() -> jax.Array:
-            return jnp.sum(jnp.where(counts, _token_nll(config, params, hidden, wanted), 0.0), axis=1)
+            return jnp.sum(jnp.where(counts, token_nll(config, params, hidden, wanted), 0.0), axis=1)
 
         return total + lax.cond(jnp.any(counts), score, lambda: jnp.zeros(batch))  # logits only where they are needed
 
     return read_in_pieces(config, params, tokens, cache, visit, jnp.zeros(batch), piece=piece)[1]
 
 
-def _token_nll(config: ModelConfig, params: Params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-    """float32 [B, T] of hidden states [B, T, D], a block of rows at a time: all logits at once would be gigabytes."""
+def token_nll(config: ModelConfig, params: Params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target), float32 [B, T], of hidden states [B, T, D] and targets [B, T].
+
+    A block of rows at a time: all logits at once would be gigabytes.
+    """
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     more = -len(wanted) % LOGIT_ROWS
     flat, wanted = jnp.pad(flat, [(0, more), (0, 0)]), jnp.pad(wanted, (0, more))

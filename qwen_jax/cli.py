@@ -16,7 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("infer.generate:main", "complete prompts"),
     "demo": ("infer.demo:main", "answer one question with the default model"),
     "convert": ("qwen_jax.weights.convert:main", "convert a checkpoint between formats"),
-    "quantize": ("qwen_jax.weights.quantize:main", "write a checkpoint in fewer bits: GGUF"),
+    "quantize": ("train.quantise.command:main", "write a checkpoint in fewer bits: GPTQ, AWQ, int8, FP8, GGUF"),
     "data": ("train.data.command:main", "look at training data: tokens, packing, samples"),
     "compile": ("aot.command:main", "compile for TPUs or GPUs that are not here: memory, collectives, time"),
     "eval": ("infer.evaluate:main", "measure how far a model reads: perplexity by length, needles, sparse prefill"),

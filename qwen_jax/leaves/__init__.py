@@ -5,6 +5,7 @@ from qwen_jax.leaves.grouped import Grouped
 from qwen_jax.leaves.groupwise import Groupwise
 from qwen_jax.leaves.int8 import Int8
 from qwen_jax.leaves.lora import Lora
+from qwen_jax.leaves.observed import Observed
 from qwen_jax.leaves.packed import Packed, PackedExperts, pack_mlp
 from qwen_jax.leaves.project import project, swiglu, swiglu_mlp
 from qwen_jax.leaves.rounded import Rounded, rounded
@@ -27,6 +28,7 @@ __all__ = [
     "Int8",
     "Leaf",
     "Lora",
+    "Observed",
     "Packed",
     "PackedExperts",
     "Rounded",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import numpy as np
 from qwen_jax.weights._files import new_folder, progress_bar
 from qwen_jax.weights.checkpoint import Checkpoint, blocks
 from qwen_jax.weights.names import Leaf, Style, leaves
-from qwen_jax.weights.stored import PLAIN_DTYPES
+from qwen_jax.weights.stored import CODE_DTYPES, PLAIN_DTYPES
 
 MAX_SHARD_BYTES = 5 * 10**9
-_SAFETENSORS_NAMES = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in (PLAIN_DTYPES | CODE_DTYPES).items()}
 
 
 def save_hf(
@@ -33,34 +33,47 @@ def save_hf(
     Qwen1's names and configuration. Raises InputError when the folder exists or cannot be written.
     """
     tensors = plan(checkpoint, dtype)
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and sum(t.num_bytes for t in shards[-1].values()) + tensor.num_bytes > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    total = sum(t.num_bytes for t in tensors.values())
-    count = len(shards)
-    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    names = names if count > 1 else ["model.safetensors"]
+    total = sum(tensor.num_bytes for tensor in tensors.values())
     with new_folder(Path(folder)) as out, progress_bar("writing", total, show=progress) as advance:
-        for name, shard in zip(names, shards, strict=True):
-            with (out / name).open("wb") as file:
-                file.write(_header(shard))
-                for tensor in shard.values():
-                    for block in tensor.blocks(checkpoint):
-                        file.write(block.reshape(-1).view(np.uint8).data)
-                        advance(block.nbytes)
-        if count > 1:
-            weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(out / "model.safetensors.index.json", index)
+        for name, block in write_tensors(out, tensors, max_shard_bytes):
+            for values in tensors[name].blocks(checkpoint):
+                block(values)
+                advance(values.nbytes)
         stored = {tensor.dtype.name for tensor in tensors.values()}
         write_config(checkpoint, out, "float32" if len(stored) > 1 else stored.pop())
 
 
-def write_config(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
-    """Writes all of a model folder but the weights: config.json, tokenizer and generation config."""
-    write_json(folder / "config.json", checkpoint.config.to_hf() | checkpoint.hf_extra | {"torch_dtype": dtype})
+def write_tensors(
+    folder: Path, tensors: Mapping[str, Written], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Iterator[tuple[str, Callable[[np.ndarray], Any]]]:
+    """Writes model.safetensors, or several with an index. Yields each name, in order, with what takes its values.
+
+    Values may come piece by piece, in the order of rows.
+    """
+    shards: list[dict[str, Written]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.num_bytes for t in shards[-1].values()) + tensor.num_bytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    count = len(shards)
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else ["model.safetensors"]
+    for file_name, shard in zip(names, shards, strict=True):
+        with (folder / file_name).open("wb") as file:
+            file.write(_header(shard))
+            for name in shard:
+                yield name, lambda values, file=file: file.write(values.reshape(-1).view(np.uint8).data)
+    if count > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.num_bytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_config(checkpoint: Checkpoint, folder: Path, dtype: str, more: Mapping[str, Any] | None = None) -> None:
+    """Writes all of a model folder but the weights: config.json, with `more` keys, tokenizer and generation config."""
+    config = checkpoint.config.to_hf() | checkpoint.hf_extra | {"torch_dtype": dtype} | dict(more or {})
+    write_json(folder / "config.json", config)
     checkpoint.write_assets(folder)
 
 
@@ -69,13 +82,20 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class Tensor:
-    """A tensor to be written: the pieces of leaves that make it up, in the order of their rows."""
+class Written:
+    """A tensor to be written."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.shape, self.dtype = shape, dtype
-        self.pieces: list[tuple[Leaf, tuple[int, ...]]] = []
         self.num_bytes = math.prod(shape) * dtype.itemsize
+
+
+class Tensor(Written):
+    """One of a checkpoint's: the pieces of leaves that make it up, in the order of their rows."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        super().__init__(shape, dtype)
+        self.pieces: list[tuple[Leaf, tuple[int, ...]]] = []
 
     def blocks(self, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         for leaf, unit in sorted(self.pieces, key=lambda piece: piece[0].first_row):
@@ -100,7 +120,7 @@ def plan(checkpoint: Checkpoint, dtype: Any, style: Style = "hf") -> dict[str, T
     return {name: tensors[name] for name in sorted(tensors, key=depth.__getitem__)}
 
 
-def _header(tensors: dict[str, Tensor]) -> bytes:
+def _header(tensors: Mapping[str, Written]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, tensor in tensors.items():

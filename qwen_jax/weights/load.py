@@ -15,7 +15,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.weights._files import progress_bar
 from qwen_jax.weights.checkpoint import Checkpoint, Index, blocks
-from qwen_jax.weights.names import Leaf, leaves
+from qwen_jax.weights.names import leaves
 
 if TYPE_CHECKING:
     import jax
@@ -58,14 +58,15 @@ def load_params(
             if dequantise or section != "layers":
                 weight = None if dequantise else _coded(checkpoint, leaf.path, None, leaf.shape[0], dtype, sharding)
                 if weight is None:
-                    weight = _dense(checkpoint, leaf, dtype, sharding, pool)
+                    weight = _dense(checkpoint, leaf.path, leaf.shape, dtype, sharding, pool)
                 put_leaf(params, leaf.path, weight)
             else:
                 dense = None
                 for layer, tree in enumerate(layers):
                     weight = _coded(checkpoint, leaf.path, layer, leaf.shape[1], dtype, sharding)
                     if weight is None:
-                        dense = _dense(checkpoint, leaf, dtype, sharding, pool) if dense is None else dense
+                        if dense is None:
+                            dense = _dense(checkpoint, leaf.path, leaf.shape, dtype, sharding, pool)
                         weight = dense[layer]
                     put_leaf(tree, path, weight)
             advance(math.prod(leaf.shape) * dtype.itemsize)
@@ -76,18 +77,65 @@ def load_params(
     return params
 
 
-def _dense(checkpoint: Checkpoint, leaf: Leaf, dtype: np.dtype, sharding: Any, pool: ThreadPoolExecutor) -> Any:
+def load_layer(checkpoint: Checkpoint, layer: int, dtype: Any, shardings: Mapping[str, Any] | None = None) -> Params:
+    """Of `load_params` the one layer, dense, and without the axis of layers."""
+    return _some(checkpoint, "layers", layer, np.dtype(dtype), shardings)
+
+
+def load_outside(checkpoint: Checkpoint, shardings: Mapping[str, Any] | None = None) -> Params:
+    """Of `load_params` what is in no layer, dense and as stored: embedding, final norm and head."""
+    names = dict.fromkeys(leaf.path.partition("/")[0] for leaf in checkpoint.leaves)
+    return {name: _some(checkpoint, name, None, None, shardings) for name in names if name != "layers"}
+
+
+def _some(
+    checkpoint: Checkpoint, section: str, layer: int | None, dtype: np.dtype | None, shardings: Mapping[str, Any] | None
+) -> Params:
+    import jax
+
+    params: Params = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for leaf in checkpoint.leaves:
+            name, _, path = leaf.path.partition("/")
+            if name == section:
+                sharding: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+                if shardings is not None:
+                    sharding = get_leaf(shardings, leaf.path)
+                shape = leaf.shape
+                if layer is not None:
+                    shape = shape[1:]
+                    if shardings is not None:
+                        sharding = jax.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+                held = dtype or checkpoint.dtypes[leaf.path]
+                weight = _dense(checkpoint, leaf.path, shape, held, sharding, pool, layer)
+                put_leaf(params, path, weight)
+    return params
+
+
+def _dense(
+    checkpoint: Checkpoint,
+    path: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Any,
+    pool: ThreadPoolExecutor,
+    layer: int | None = None,
+) -> Any:
+    """A leaf of `shape`, or that of one layer."""
     import jax
 
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
         holders.setdefault(bounds, []).append(device)
     shards = []
     for bounds, devices in holders.items():
-        host = _read_shard(checkpoint, leaf.path, bounds, dtype, pool)
+        if layer is None:
+            host = _read_shard(checkpoint, path, bounds, dtype, pool)
+        else:
+            host = _read_shard(checkpoint, path, ((layer, layer + 1), *bounds), dtype, pool)[0]
         shards += [jax.device_put(host, device) for device in devices]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _coded(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qwen_jax.leaves import Grouped, Int8
 
 _DECODE_ELEMENTS = 1 << 22  # float32 values decoded at a time
-_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # which field of a word each of its eight columns is
+AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # which field of a word each of its eight columns is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _awq(tensor: QuantisedTensor, start: int, stop: int, *, symmetric: bool) -> 
 
     def columns(part: str) -> np.ndarray:
         words = tensor.parts[part].array()[:, start // 8 : -(-stop // 8)]
-        fields = _fields(words, 4).reshape(*words.shape, 8)[..., _AWQ_ORDER].reshape(len(words), -1)
+        fields = _fields(words, 4).reshape(*words.shape, 8)[..., AWQ_ORDER].reshape(len(words), -1)
         return fields[:, start % 8 : start % 8 + stop - start].T
 
     scale = tensor.parts["scales"].array()[:, start:stop].T

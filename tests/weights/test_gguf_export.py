@@ -16,8 +16,8 @@ from qwen_jax.weights.gguf import read_gguf
 from qwen_jax.weights.gguf_export import more_bits, save_gguf, unsaid
 from qwen_jax.weights.load import load_params
 from qwen_jax.weights.open import open_checkpoint
-from qwen_jax.weights.quantize import main as quantize
 from tests.infer import tiny
+from train.quantise.command import main as quantize
 
 MOE = MoeConfig(4, 2, 16, 24)
 CONFIGS = {
