@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+from qwen_jax.errors import InputError
+from qwen_jax.local_path import local_path
 
 if TYPE_CHECKING:
     from infer.qwen import Qwen
@@ -26,14 +30,29 @@ class ModelArguments:
     """Split the model over all devices, for example `tensor=4`; default the first device alone."""
     dequantise: bool | None = None
     """Widen quantised weights to `dtype`, which takes more memory; by default those of GGUF files alone."""
-    adapter: str | None = None
-    """A PEFT folder whose adapter is added."""
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A PEFT folder whose adapter is added, or NAME=FOLDER; with several, `generate` answers with each and `chat`
+    changes from one to another."""
 
     def load(self) -> Qwen:
+        """The model with its only adapter, if any. Raises InputError where there are several."""
+        if len(self.adapter) > 1:
+            raise InputError("this command takes one --adapter; generate and chat take several.")
+        return self.load_each()[0][1]
+
+    def load_each(self) -> list[tuple[str, Qwen]]:
+        """The model with each adapter, and the adapter's name; without any, the model alone."""
         from infer.qwen import load
 
-        options = {"dequantise": self.dequantise, "adapter": self.adapter}
-        return load(self.model, dtype=self.dtype, mesh=self.mesh, progress=sys.stderr.isatty(), **options)
+        named = [_named(adapter) for adapter in self.adapter]
+        if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
+            raise InputError(f"two adapters are called {twice[0]}; name them apart, as NAME=FOLDER.")
+        alone = named[0][1] if len(named) == 1 else None
+        options = {"dequantise": self.dequantise, "adapter": alone}
+        qwen = load(self.model, dtype=self.dtype, mesh=self.mesh, progress=sys.stderr.isatty(), **options)
+        if len(named) < 2:
+            return [(named[0][0] if named else "", qwen)]
+        return [(name, qwen.with_adapter(folder)) for name, folder in named]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +90,14 @@ class SamplingArguments:
 
     def sampling(self, qwen: Qwen) -> Sampling:
         return qwen.sampling(**self._given())
+
+
+def _named(adapter: str) -> tuple[str, str]:
+    """Name and folder of NAME=FOLDER, or of a folder alone, whose name is its own."""
+    name, equals, folder = adapter.partition("=")
+    if equals and not local_path(adapter).exists():
+        return name, folder
+    return local_path(adapter).name, adapter
 
 
 def peak_memory_gib() -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import tyro
@@ -22,6 +22,7 @@ COMMANDS = """\
 /clear           forget the conversation
 /retry           answer the last message again
 /set NAME VALUE  temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, seed, max_tokens
+/adapter [NAME]  answer with another adapter (without NAME: list them)
 /save FILE       write the conversation as JSON
 /stats           speed of the last answer
 /exit            leave (so does Ctrl-D); Ctrl-C stops an answer"""
@@ -39,8 +40,10 @@ class Arguments(ModelArguments):
 class Conversation:
     """The state behind the prompt: messages, settings, and what each typed line does."""
 
-    def __init__(self, qwen: Qwen, settings: SamplingArguments, system: str | None) -> None:
-        self.qwen, self.settings, self.system = qwen, settings, system
+    def __init__(self, models: Mapping[str, Qwen], settings: SamplingArguments, system: str | None) -> None:
+        """`models`: by the names of their adapters; the first answers until another is chosen."""
+        self.models, self.settings, self.system = models, settings, system
+        self.qwen = next(iter(models.values()))
         self.messages: list[dict[str, str]] = []
         self.last = "no answer yet"
 
@@ -77,6 +80,8 @@ class Conversation:
             return self._say(self.messages.pop()["content"])
         elif name == "set":
             self._set(*rest.partition(" ")[::2])
+        elif name == "adapter":
+            self._adapter(rest)
         elif name == "save":
             self._save(rest)
         elif name == "stats":
@@ -98,6 +103,16 @@ class Conversation:
         changed.sampling(self.qwen)  # refuses impossible values before they are kept
         self.settings = changed
         print(f"{name} = {number}")
+
+    def _adapter(self, name: str) -> None:
+        if name:
+            if name not in self.models:
+                raise InputError(
+                    f"there is no adapter {name!r}; there are: {', '.join(filter(None, self.models)) or 'none'}."
+                )
+            self.qwen = self.models[name]
+        for known, qwen in self.models.items():
+            print(f"{'*' if qwen is self.qwen else ' '} {known or '(none)'}")
 
     def _save(self, file: str) -> None:
         import json
@@ -140,13 +155,14 @@ class Conversation:
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Arguments, args=argv, prog="qwen-jax chat")
     options.sampling.check()
-    qwen = options.load()
+    models = dict(options.load_each())
+    qwen = next(iter(models.values()))
     if not qwen.is_chat_model:
         print("This is a base model: it was not trained to chat.")
     print("Type a message, /help for commands, Ctrl-D to leave.\n")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() editing and history)
-    conversation = Conversation(qwen, options.sampling, options.system)
+    conversation = Conversation(models, options.sampling, options.system)
     while True:
         try:
             text = input("> ").strip()

@@ -6,11 +6,15 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import tyro
 
 from infer.arguments import ModelArguments, SamplingArguments, closing_line
 from qwen_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from infer.qwen import Qwen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,15 @@ def main(argv: Sequence[str]) -> int:
     if options.logprobs is not None and not 0 <= options.logprobs <= 20:
         raise InputError(f"--logprobs {options.logprobs} is not possible; it must be between 0 and 20.")
     options.sampling.check()
-    qwen = options.load()
+    each = options.load_each()
+    for name, qwen in each:
+        if len(each) > 1 and not options.json:
+            print(f"=== {name}")
+        _answer(options, name, qwen, prompts)
+    return 0
+
+
+def _answer(options: Arguments, adapter: str, qwen: Qwen, prompts: list[str]) -> None:
     as_chat = qwen.is_chat_model and not options.raw
     if options.system and not as_chat:
         raise InputError("--system needs a chat model and no --raw; put the text into the prompt instead.")
@@ -64,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         print()
     for prompt, answer in zip(prompts, stream.answers, strict=True):
         if options.json:
-            record = {"prompt": prompt} | dataclasses.asdict(answer)
+            record = {"prompt": prompt} | ({"adapter": adapter} if adapter else {}) | dataclasses.asdict(answer)
             if options.logprobs is None:
                 del record["logprobs"], record["top_logprobs"]
             timing = dataclasses.asdict(stream.timing)
@@ -73,4 +85,3 @@ def main(argv: Sequence[str]) -> int:
             print(f"> {prompt}\n{answer.text}\n")
     if sys.stderr.isatty():
         print(closing_line(stream.timing), file=sys.stderr)
-    return 0

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qwen_jax.backend import Backend
-from qwen_jax.leaves import Leaf, Packed, PackedExperts, Weight, native, pack_mlp
+from qwen_jax.leaves import Leaf, Lora, Packed, PackedExperts, Weight, native, pack_mlp
 from qwen_jax.model import Params, unstack
 from qwen_jax.sharding import current_mesh
 from qwen_jax.unstacked import Unstacked
@@ -68,11 +68,16 @@ def _packed(tree: Any) -> Any:
         packed = pack_mlp(*(tree[name]["kernel"] for name in names))
         return {name: {"kernel": weight} for name, weight in zip(names, packed, strict=True)}
     return {
-        name: _packed_leaf(name, leaf) if isinstance(leaf, jax.Array) else _packed(leaf) for name, leaf in tree.items()
+        name: _packed_leaf(name, leaf) if isinstance(leaf, jax.Array | Lora) else _packed(leaf)
+        for name, leaf in tree.items()
     }
 
 
-def _packed_leaf(name: str, leaf: jax.Array) -> Leaf:
+def _packed_leaf(name: str, leaf: Any) -> Leaf:
+    if isinstance(leaf, Lora):
+        return leaf.replace(base=_packed_leaf(name, leaf.base))
+    if not isinstance(leaf, jax.Array):
+        return leaf
     if name in ("gate", "up", "down"):  # of experts
         return PackedExperts.pack(leaf) if leaf.dtype.itemsize == 2 else leaf
     return Packed((leaf,)) if name in ("kernel", "embedding") else leaf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -75,6 +76,15 @@ class Qwen:
             self.params = prepare(params, self.backend, donate=donate)
         self._generation: Generation = chat.generation_of(config, tokenizer)
         self.chat_template = tokenizer.chat_template or chat.default_template(self._generation)
+
+    def with_adapter(self, folder: str | Path) -> Qwen:
+        """This model with a PEFT folder's adapter added: programs of its own, and the same weights, none copied.
+
+        So several adapters stand beside each other, and beside the model without any.
+        """
+        other = copy.copy(self)
+        other.params = apply_adapter(self.params, read_adapter(folder, self.config))
+        return other
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -274,7 +284,7 @@ def load(
     Q8_0) and products round activations to int8, 32 at a time, as llama.cpp does. Where that cannot be, it is bfloat16,
     and a warning says why.
     dequantise: widen quantised weights to `dtype` as they are read, which takes more memory; default for GGUF alone.
-    adapter: a PEFT folder, added to the weights as they are.
+    adapter: a PEFT folder, added to the weights as they are; see also `Qwen.with_adapter`.
     mesh: how to split the model over all devices, such as "tensor=4", each shard read straight to its device; default
     the first device alone. Raises InputError if the model does not divide.
     """

@@ -29,7 +29,7 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 BYTE_TO_CHAR = _byte_alphabet()
-_CHAR_TO_BYTE = {ord(char): chr(byte) for byte, char in BYTE_TO_CHAR.items()}
+_CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
 def to_chars(token: bytes) -> str:
@@ -37,7 +37,11 @@ def to_chars(token: bytes) -> str:
 
 
 def to_bytes(chars: str) -> bytes:
-    return chars.translate(_CHAR_TO_BYTE).encode("latin-1")
+    """The bytes that a token stands for; of other characters it is plain text, as for the ByteLevel decoder."""
+    try:
+        return bytes(map(_CHAR_TO_BYTE.__getitem__, chars))
+    except KeyError:
+        return chars.encode()
 
 
 # --- Byte-level BPE ---------------------------------------------------------------------------------------------------

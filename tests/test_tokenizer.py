@@ -309,6 +309,20 @@ def test_tokens_that_a_fine_tune_added_after_the_padding_keep_their_ids():
     assert late.decode([259, 260], skip_special=True) == "<new>"
 
 
+def test_a_token_of_characters_that_stand_for_no_bytes_is_text(small):
+    """As the ByteLevel decoder of `tokenizers` has it; found by fuzzing vocabularies."""
+    fields = json.loads(small._backend.to_str())
+    id = max(fields["model"]["vocab"].values())
+    old = next(token for token, number in fields["model"]["vocab"].items() if number == id)
+    fields["model"]["merges"] = []
+    for odd in ("ťa", "Ġ日"):
+        del fields["model"]["vocab"][old]
+        fields["model"]["vocab"][odd] = id
+        old = odd
+        backend = tokenizers.Tokenizer.from_str(json.dumps(fields))
+        assert Tokenizer(backend).token_bytes(id).decode() == backend.decode([id]) == odd
+
+
 def test_padding_rows_are_no_tokens(small):
     assert len(small) == 259
     assert small.encode("ab<|im_end|>") == [256, 258]

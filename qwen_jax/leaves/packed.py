@@ -92,6 +92,11 @@ class Half(Weight):
     def dense(self) -> jax.Array:
         return jnp.concatenate([part[self.which] for part in self.parts])
 
+    def matmul(self, x: jax.Array, num_in: int, dtype: DTypeLike) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1])
+        y = [cpu.matmul(part[self.which].astype(x.dtype), rows) for part in self.parts]
+        return jnp.concatenate(y, axis=1).reshape(*x.shape[:-1], -1).astype(dtype)
+
     def axes(self, axes: Sequence[str | None]) -> Sequence[Sequence[str | None]]:
         return [(None, *axes)] * len(self.parts)
 

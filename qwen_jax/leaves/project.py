@@ -28,7 +28,7 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 def swiglu_mlp(gate: Leaf, up: Leaf, down: Leaf, x: jax.Array) -> jax.Array:
     """down(silu(gate(x)) * up(x)); gate and up [F, D], down [D, F], x [B, T, D]."""
-    if isinstance(gate, Half) and isinstance(down, Packed):
+    if isinstance(gate, Half) and isinstance(up, Half) and isinstance(down, Packed):
         return packed_mlp(gate, down, x)
     if (y := native_mlp(gate, up, down, x)) is not None:
         return y

@@ -52,7 +52,7 @@ def talk(model, monkeypatch, capsys):
             return line
 
         monkeypatch.setattr(builtins, "input", typed)
-        monkeypatch.setattr(infer.arguments.ModelArguments, "load", lambda self: model)
+        monkeypatch.setattr(infer.arguments.ModelArguments, "load_each", lambda self: [("", model)])
         assert chat.main(list(argv)) == 0
         run.left = left
         return capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_set(talk, prompts):
 )
 def test_bad_lines_are_said_and_change_nothing(model, capsys, line, sentence):
     settings = SamplingArguments(temperature=0.0)
-    conversation = chat.Conversation(model, settings, None)
+    conversation = chat.Conversation({"": model}, settings, None)
     assert conversation.line(line)
     assert capsys.readouterr().out.startswith(sentence)
     assert (conversation.settings, conversation.messages) == (settings, [])
@@ -137,7 +137,9 @@ def test_stats(talk):
 
 def test_help_lists_every_command(talk):
     out = talk("/help")
-    assert all(f"/{name}" in out for name in ("help", "system", "clear", "retry", "set", "save", "stats", "exit"))
+    assert all(
+        f"/{name}" in out for name in ("help", "system", "clear", "retry", "set", "adapter", "save", "stats", "exit")
+    )
 
 
 @pytest.mark.parametrize("line", ["/exit", "/quit"])

@@ -23,6 +23,7 @@ from qwen_jax.weights.peft import MergedCheckpoint, apply_adapter, read_adapter,
 from tests.train.runs import MODEL, make_run, run
 from tests.train.tiny import CONFIG, TIED, full_batch, parameters, start
 from train.adapter import AdapterConfig, adapted, adapter_of
+from train.data.corpora import corpus_file
 from train.objectives.pretrain import Pretrain
 from train.optimizer import OptimizerConfig, merge_frozen
 from train.step import StepConfig, make_train_step
@@ -214,3 +215,36 @@ def test_a_run_stopped_and_gone_on_with(tmp_path: Path) -> None:
     assert np.linalg.norm(adapted - before) > 1e-3 * np.linalg.norm(before)
     merged = load_params(open_checkpoint(tmp_path / "hf"), np.float32, progress=False)
     close(logits(merged, MODEL, TOKENS), adapted, 1e-2)  # bfloat16
+
+
+@pytest.mark.slow
+def test_losses_of_the_default_model_are_peft_s(default_gguf: Path, tmp_path: Path) -> None:
+    """Fifty steps of English at a learning rate at which the loss falls by a tenth."""
+    checkpoint = open_checkpoint(default_gguf)
+    config = checkpoint.config
+    text = corpus_file("english", "train").read_text(encoding="utf-8")[:60_000]
+    ids = checkpoint.tokenizer().encode(text)[: 50 * 2 * 65]
+    batches = np.reshape(ids, (50, 2, 65))
+    params = load_params(checkpoint, np.float32, dequantise=True, progress=False)
+    settings = {"r": 8, "lora_alpha": 16, "init_lora_weights": True, "target_modules": ALL}
+    model = in_torch(params, config, tmp_path, **settings)
+    state, frozen = start(apply_adapter(params, read_adapter(tmp_path / "adapter", config)), OPTIMIZER)
+    rate = dataclasses.replace(OPTIMIZER, learning_rate=2e-4)
+    step = jax.jit(make_train_step(config, Pretrain(), rate, STEP, 50), donate_argnums=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    model.train()
+    ours, theirs = [], []
+    for batch in batches:
+        state, metrics = step(state, frozen, full_batch(batch))
+        ours.append(float(metrics["loss"]))
+        tokens = torch.tensor(batch)
+        scores = model(tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(scores.reshape(-1, scores.shape[-1]), tokens[:, 1:].reshape(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.append(loss.item())
+    print(np.abs(np.subtract(ours, theirs)).max(), np.mean(ours[:5]), np.mean(ours[-5:]))
+    assert np.abs(np.subtract(ours, theirs)).max() <= 1e-4
