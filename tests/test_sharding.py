@@ -1,6 +1,7 @@
 """Every mesh gives the logits and gradients of one device."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -52,7 +53,6 @@ QUICK = [
     (DENSE, {"data": 2, "fsdp": 4}),
     (TIED, {"fsdp": 2, "tensor": 2, "context": 2}),
     (DUAL_CHUNK, {"context": 4, "fsdp": 2}),
-    (MOE, {"expert": 8}),
     (MOE, {"data": 2, "expert": 2, "tensor": 2}),
     (MOE, {"fsdp": 2, "expert": 2, "context": 2}),
 ]
@@ -89,16 +89,24 @@ def relative_error(ours: Any, reference: Any) -> float:
     return float(np.linalg.norm(np.asarray(ours) - np.asarray(reference)) / np.linalg.norm(np.asarray(reference)))
 
 
+RUN = jax.value_and_grad(loss_and_logits, has_aux=True)
+
+
+@functools.cache
+def on_one_device(config: ModelConfig, batch_size: int) -> Any:
+    params = init(config, jax.random.key(0))
+    (_, logits), gradients = jax.jit(RUN, static_argnums=(2, 3))(params, packed_batch(batch_size), config, "none")
+    return params, logits, gradients
+
+
 def check(config: ModelConfig, sizes: dict[str, int], remat: str = "full", batch_size: int = BATCH) -> None:
-    batch, params = packed_batch(batch_size), init(config, jax.random.key(0))
-    run = jax.value_and_grad(loss_and_logits, has_aux=True)
-    (_, logits), gradients = jax.jit(run, static_argnums=(2, 3))(params, batch, config, "none")
+    batch, (params, logits, gradients) = packed_batch(batch_size), on_one_device(config, batch_size)
     mesh = make_mesh(MeshConfig(**({"fsdp": 1} | sizes)), model=config)
     shardings = param_shardings(config, mesh)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings)
         rows = {k: jax.device_put(x, activation_sharding(mesh, x.shape, "batch", "sequence")) for k, x in batch.items()}
-        sharded = jax.jit(run, static_argnums=(2, 3), out_shardings=((None, None), shardings))
+        sharded = jax.jit(RUN, static_argnums=(2, 3), out_shardings=((None, None), shardings))
         (_, sharded_logits), sharded_gradients = sharded(placed, rows, config, remat)
     real = np.asarray(batch["segment_ids"]) > 0
     assert relative_error(np.asarray(sharded_logits)[real], np.asarray(logits)[real]) < 1e-5

@@ -18,7 +18,11 @@ PROMPTS = ["the rain in " * 20, "when the "]
 
 @pytest.mark.parametrize(
     ("config", "mesh"),
-    [(CONFIG, "fsdp=2,tensor=4"), (CONFIG, "data=2,context=4"), (MOE, "expert=4,tensor=2")],
+    [
+        (CONFIG, "fsdp=2,tensor=4"),
+        pytest.param(CONFIG, "data=2,context=4", marks=pytest.mark.slow),
+        (dataclasses.replace(MOE, num_layers=1), "expert=4,tensor=2"),
+    ],
     ids=str,
 )
 def test_mesh_gives_the_tokens_of_one_device(config: ModelConfig, mesh: str, tmp_path: Path) -> None:
