@@ -28,6 +28,7 @@ from qwen_jax.vocabulary import (
     build,
     build_sentencepiece,
     merges_from_ranks,
+    pieces_of,
     read_ranks,
     read_sentencepiece,
     refusing,
@@ -209,6 +210,8 @@ class Tokenizer:
             raise InputError(f"the GGUF lacks {', '.join(missing)}; use a file that embeds its vocabulary.")
         columns = zip(*(metadata[key] for key in keys), strict=True)
         pieces = [SentencePiece(text, float(score), int(kind)) for text, score, kind in columns]
+        while pieces and pieces[-1].kind == 5 and pieces[-1].text == f"[PAD{len(pieces) - 1}]":
+            pieces.pop()  # rows of the model that have no token
         prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         return cls(build_sentencepiece(pieces, add_prefix=prefix), **_declared_by_gguf(metadata))
 
@@ -329,6 +332,13 @@ class Tokenizer:
         """The BPE ("vocab" and "merges") and the added tokens, as tokenizer.json has them."""
         described = json.loads(self._backend.to_str())
         return described["model"], described["added_tokens"]
+
+    def pieces(self) -> list[SentencePiece]:
+        """A vocabulary that is no byte-level BPE as SentencePiece has it, one piece for each id.
+
+        Raises InputError when it does what SentencePiece's scores cannot say.
+        """
+        return pieces_of(json.loads(self._backend.to_str()))
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, as `AutoTokenizer` reads them."""

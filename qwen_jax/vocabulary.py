@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -185,6 +186,46 @@ def _scored_merges(pieces: Sequence[SentencePiece], vocab: Mapping[str, int]) ->
         ways = [(piece.text[:i], piece.text[i:]) for i in range(1, len(piece.text))]
         known = [(vocab[a], vocab[b], a, b) for a, b in ways if a in vocab and b in vocab]
         yield from ((piece.score, a, b) for *_, a, b in sorted(known))
+
+
+def pieces_of(described: Mapping[str, Any]) -> list[SentencePiece]:
+    """The inverse of `build_sentencepiece`, from the text of a tokenizer.json: scores are minus the rank of a merge.
+
+    Raises InputError where the merges are not in the order of any scores, or a text is changed before.
+    """
+    model, refused = described["model"], "this vocabulary cannot be said in SentencePiece's words, as GGUF has them: "
+    steps = described["normalizer"] or {"type": "Sequence", "normalizers": []}
+    steps = steps.get("normalizers", [steps])
+    if others := {step["type"] for step in steps} - {"Prepend", "Replace"}:
+        raise InputError(f"{refused}it normalises by {shown(min(others))}.")
+    if model["type"] != "BPE" or described["pre_tokenizer"] is not None:
+        raise InputError(f"{refused}it is no SentencePiece BPE.")
+    vocab: dict[str, int] = model["vocab"]
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    ranks: dict[str, int] = {}
+    for left, right in pairs:
+        if left + right in ranks and next(reversed(ranks)) != left + right:
+            raise InputError(f"{refused}two merges that make {shown(left + right)} are not of one rank.")
+        ranks.setdefault(left + right, len(ranks))
+    added = {token["content"]: token for token in described["added_tokens"]}
+    pieces = [SentencePiece(f"[PAD{id}]", -1e4, 5) for id in range(1 + max([*vocab.values(), *_ids(added)]))]
+    for text, id in [*vocab.items(), *((text, token["id"]) for text, token in added.items())]:
+        if text == model["unk_token"]:
+            kind = _UNKNOWN
+        elif text in added:
+            kind = _CONTROL if added[text]["special"] else _USER_DEFINED
+        else:
+            kind = 6 if model["byte_fallback"] and re.fullmatch("<0x[0-9A-F]{2}>", text) else 1
+        pieces[id] = SentencePiece(text, -float(ranks.get(text, len(ranks))), kind)
+    if not any(piece.kind == _UNKNOWN for piece in pieces):
+        raise InputError(f"{refused}it has no unknown token.")
+    if {(left, right) for _, left, right in _scored_merges(pieces, vocab)} != set(pairs):
+        raise InputError(f"{refused}not every two pieces that make a third are merged.")
+    return pieces
+
+
+def _ids(added: Mapping[str, Any]) -> Iterator[int]:
+    return (token["id"] for token in added.values())
 
 
 def read_sentencepiece(path: Path) -> tokenizers.Tokenizer:

@@ -10,6 +10,7 @@ from tokenizers import decoders, models, normalizers
 
 from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer
+from qwen_jax.vocabulary import pieces_of
 
 SPACE = "\u2581"
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -42,6 +43,32 @@ def model_bytes(kind=2):
     model.trainer_spec.model_type = kind
     model.normalizer_spec.add_dummy_prefix = True
     return model.SerializeToString()
+
+
+def test_pieces_give_the_same_tokenizer_again(routes):
+    """Merges in ranks become scores, by which llama.cpp merges, and these the same merges."""
+    for tokenizer in routes.values():
+        pieces = tokenizer.pieces()
+        assert [(piece.text, piece.kind) for piece in pieces] == [(text, kind) for text, _, kind in PIECES]
+        made = [piece for piece in pieces if piece.kind == 1 and len(piece.text) > 1]
+        scores = {text: score for text, score, _ in PIECES}
+        by_score = sorted(made, key=lambda piece: -piece.score)
+        assert [scores[piece.text] for piece in by_score] == sorted(
+            (scores[piece.text] for piece in made), reverse=True
+        )
+
+
+def test_what_scores_cannot_say():
+    described = json.loads(reference().to_str())
+    merges = described["model"]["merges"]
+    for change, reason in (
+        ({"merges": merges[1:]}, "not every two pieces"),
+        ({"unk_token": None}, "no unknown token"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            pieces_of(described | {"model": described["model"] | change})
+    with pytest.raises(InputError, match="normalises by 'NFC'"):
+        pieces_of(described | {"normalizer": {"type": "NFC"}})
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ _FILE_TYPES = {
 _PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # for rows that blocks of 256 do not divide
 _SMALLER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 
 
 class Errors(NamedTuple):
@@ -219,17 +219,26 @@ def _scaling_type(name: str) -> Any:
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, num_rows: int) -> None:
-    if not tokenizer.is_byte_level:
-        raise InputError("GGUF is written with byte-level vocabularies only, and this model's is SentencePiece's.")
-    model, added = tokenizer.vocabulary()
-    tokens, types = [f"[PAD{id}]" for id in range(num_rows)], [_UNUSED] * num_rows
-    for id, text, kind in _tokens(model["vocab"], added):
-        tokens[id], types[id] = text, kind
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    if tokenizer.is_byte_level:
+        model, added = tokenizer.vocabulary()
+        tokens, types = [f"[PAD{id}]" for id in range(num_rows)], [_UNUSED] * num_rows
+        for id, text, kind in _tokens(model["vocab"], added):
+            tokens[id], types[id] = text, kind
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("qwen2")
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    else:
+        pieces = tokenizer.pieces()
+        more = range(len(pieces), num_rows)
+        tokens = [*(piece.text for piece in pieces), *(f"[PAD{id}]" for id in more)]
+        types = [*(piece.kind for piece in pieces), *(_UNUSED for _ in more)]
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([*(piece.score for piece in pieces), *(-1e4 for _ in more)])
+        writer.add_add_space_prefix(tokenizer.drops_first_space)
+        writer.add_unk_token_id(types.index(_UNKNOWN))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     writer.add_eos_token_id(tokenizer.eos_ids[0])
     writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_bos_token_id(tokenizer.end_of_text_id)
