@@ -145,12 +145,17 @@ def init(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) ->
 
 def abstract(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """The parameter tree as jax.ShapeDtypeStruct leaves; nothing is computed."""
-    return jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), nn.meta.unbox(_boxed_shapes(config)))
 
 
 def logical_axes(config: ModelConfig) -> Params:
     """The parameter tree with a PartitionSpec of logical axis names in place of each leaf."""
-    return nn.get_partition_spec(jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0)))
+    return nn.get_partition_spec(_boxed_shapes(config))
+
+
+@functools.cache
+def _boxed_shapes(config: ModelConfig) -> Params:
+    return jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0))
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
