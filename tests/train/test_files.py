@@ -55,33 +55,40 @@ def test_a_killed_owner_of_this_host_has_lost_it_at_once(tmp_path, monkeypatch):
     Lease(tmp_path).release()
 
 
-def test_an_owner_on_another_host_keeps_it_as_long_as_it_renews(tmp_path):
-    other = {"host": "elsewhere", "process": 7, "token": "x"}
+def test_an_owner_on_another_host_keeps_it_as_long_as_it_renews(tmp_path, monkeypatch):
+    file = os.open(tmp_path / ".lease", os.O_RDWR | os.O_CREAT)
 
     def renew(count: int) -> None:
-        (tmp_path / ".lease").write_text(json.dumps(other | {"renewed": count}).ljust(512))
+        text = json.dumps({"host": "elsewhere", "process": 7, "token": "x", "renewed": count})
+        os.pwrite(file, text.encode().ljust(512), 0)
 
     renew(0)
     began = time.monotonic()
     lease = Lease(tmp_path)  # nobody renews it
     assert time.monotonic() - began >= 0.5
-    renew(1)  # the other one was only away, and takes it back
-    time.sleep(0.3)
-    assert lease.lost
+    while not lease.lost:  # the other one was only away, and takes it back
+        assert time.monotonic() - began < 100
+        renew(1)
+        time.sleep(0.01)
     lease.release()
     assert content(tmp_path)["host"] == "elsewhere"
 
+    monkeypatch.setattr(files, "LOST_AFTER", 1000.0)
+    ended = threading.Event()
+
     def keep_renewing() -> None:
-        for count in range(2, 40):
+        count = 1
+        while not ended.wait(0.01):
+            count += 1
             renew(count)
-            time.sleep(0.05)
 
     thread = threading.Thread(target=keep_renewing)
     thread.start()
-    time.sleep(0.1)
     with pytest.raises(EnvironmentFailed, match="process 7 on elsewhere"):
         Lease(tmp_path)
+    ended.set()
     thread.join()
+    os.close(file)
 
 
 FULL_DISK = """
