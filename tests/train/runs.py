@@ -29,7 +29,7 @@ from train.optimizer import OptimizerConfig
 from train.step import StepConfig
 
 HERE = Path(__file__).parent
-data = DataConfig((SourceConfig(str(HERE / "data.jsonl")),), sequence_length=32, batch_size=8)
+data = DataConfig((SourceConfig(str(HERE / "data.jsonl")),), sequence_length=32, batch_size=8, packing="concat")
 config = TrainConfig(
     data=data,
     steps=12,

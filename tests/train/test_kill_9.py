@@ -61,10 +61,10 @@ def test_no_kill_costs_more_than_the_steps_since_the_last_checkpoint(tmp_path):
             programs = f"compiled-{campaign.tally['compile'] + (phase == 'compile')}"
             starter.start("--out", str(folder), "--export", f"{folder}-export", programs=programs)
             while not begun(phase, starter.text, folder) and starter.poll() is None:
-                time.sleep(0.001)
+                time.sleep(0.005)
             deadline = time.monotonic() + rng.uniform(0, PHASES[phase])
             while time.monotonic() < deadline and starter.poll() is None:
-                time.sleep(0.001)
+                time.sleep(0.005)
             status, text = starter.kill(), starter.text
             assert status in (-signal.SIGKILL, 0) and "Traceback" not in text, text
             if (step := went_on_from(text)) is not None:

@@ -97,7 +97,7 @@ def test_a_run_goes_on_with_another_number_of_processes(experiment, uninterrupte
 def test_finite_data_and_a_small_evaluation_end_all_at_the_same_step(experiment, uninterrupted):
     arguments = ["--data.epochs", "1", "--steps", "999", "--checkpoint-every", "1000", "--eval-every", "20"]
     small = experiment.parent / "small.jsonl"
-    small.write_text("".join(line for line in (experiment.parent / "data.jsonl").open().readlines()[:30]))
+    small.write_text("".join((experiment.parent / "data.jsonl").read_text().splitlines(keepends=True)[:30]))
     results = {}
     for count in (2, 1):
         folder = experiment.parent / f"finite-{count}"
