@@ -67,7 +67,9 @@ def search(
         measured = []
         for layer, layer_params in enumerate(params["layers"]):
             budget = (np.minimum(x[layer], len(ids)) for x in (vertical, slash))
-            found_here = _recall(layer_params, residuals[layer], cache.read(layer), *budget, config=config)
+            found_here = _recall(
+                layer_params, residuals[layer], cache.read(layer, residuals.dtype), *budget, config=config
+            )
             measured.append(np.asarray(found_here))
             advance(1)
         found.append(Round(np.stack(measured), vertical, slash))

@@ -31,13 +31,15 @@ class Backend:
     product_dtype: DTypeLike | None = None
     """in which products are asked for; None: in the type that they will be rounded to"""
     cache_dtype: DTypeLike | None = None
-    """of keys and values that are kept; None: as the activations"""
+    """of keys and values that are kept, int8 with a scale for each; None: as the activations"""
     min_decode_rows: int = 1
     """rows that take as long to decode as one"""
     ragged_exchange: bool = True
     """whether devices can exchange pieces of unequal lengths"""
     native: bool = False
     """whether the C kernels of kernels/native serve: products that round activations to int8, attention of one query"""
+    integer_products: bool = False
+    """whether `Int8` rounds activations to int8 as well, a token at a time, and multiplies integers"""
     interpret: bool = False
     """kernels are interpreted, which any platform can do: for tests"""
 

@@ -18,6 +18,7 @@ from qwen_jax.backend import Backend, current_backend
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels import cpu, plain
 from qwen_jax.kernels.pages import Pages
+from qwen_jax.kernels.scaled import Held, Scaled, parts
 from qwen_jax.kernels.spec import AttentionSpec
 
 log = logging.getLogger("qwen_jax.attention")
@@ -85,12 +86,12 @@ def _flash_options(spec: AttentionSpec, backend: Backend) -> dict[str, Any]:
     }
 
 
-def _tpu_decode(
-    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, backend: Backend
-) -> tuple[jax.Array, None]:
+def _tpu_decode(q: jax.Array, k: Held, v: Held, spec: AttentionSpec, backend: Backend) -> tuple[jax.Array, None]:
     from qwen_jax.kernels.decode import decode_attention
 
-    out = decode_attention(q[..., 0, :, :], k, v, _ends(q, spec), splits=backend.cores, **_options(spec, backend))
+    (keys, k_scale), (values, v_scale) = parts(k), parts(v)
+    options = _options(spec, backend) | {"k_scale": k_scale, "v_scale": v_scale, "splits": backend.cores}
+    out = decode_attention(q[..., 0, :, :], keys, values, _ends(q, spec), **options)
     return out[:, None], None
 
 
@@ -110,10 +111,12 @@ def _plain(form: Callable[..., plain.Attended]) -> Callable[..., plain.Attended]
     return lambda q, k, v, spec, backend: form(q, k, v, spec)
 
 
-def _gpu_decode(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, backend: Backend) -> plain.Attended:
+def _gpu_decode(q: jax.Array, k: Held, v: Held, spec: AttentionSpec, backend: Backend) -> plain.Attended:
     from qwen_jax.kernels.decode_gpu import decode_attention
 
-    out, lse = decode_attention(q[..., 0, :, :], k, v, _ends(q, spec), **_options(spec, backend))
+    (keys, k_scale), (values, v_scale) = parts(k), parts(v)
+    options = _options(spec, backend) | {"k_scale": k_scale, "v_scale": v_scale}
+    out, lse = decode_attention(q[..., 0, :, :], keys, values, _ends(q, spec), **options)
     return out[:, None], lse[:, :, None]
 
 
@@ -148,6 +151,10 @@ def _fits_tpu_decode(case: Case) -> bool:
     return case.backend.kernels == "tpu" and case.suits_decode_kernels and whole_blocks
 
 
+def _fits_gpu_decode(case: Case) -> bool:
+    return case.backend.kernels == "gpu" and case.suits_decode_kernels
+
+
 def _fits_tpu_flash(case: Case) -> bool:
     # the window of layers in a scan that differ is not known
     return case.backend.kernels == "tpu" and case.suits_kernels and not isinstance(case.spec.window, jax.Array)
@@ -156,7 +163,7 @@ def _fits_tpu_flash(case: Case) -> bool:
 ROWS = (
     Row("TPU decode kernel", _fits_tpu_decode, _tpu_decode, merges=False),
     Row("TPU flash kernel", _fits_tpu_flash, _tpu_flash),
-    Row("GPU decode kernel", lambda case: case.backend.kernels == "gpu" and case.suits_decode_kernels, _gpu_decode),
+    Row("GPU decode kernel", _fits_gpu_decode, _gpu_decode),
     Row("GPU flash kernel", lambda case: case.backend.kernels == "gpu" and case.suits_kernels, _gpu_flash),
     Row("native decode kernel", _fits_native, _native_decode, merges=False),
     Row(
@@ -276,12 +283,25 @@ def attend_pages(q: jax.Array, pages: Pages, tables: jax.Array, spec: AttentionS
 # --- keys and values that lie side by side ----------------------------------------------------------------------------
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+def _widened(q: jax.Array, k: Scaled, v: Scaled, spec: AttentionSpec, backend: Backend) -> plain.Attended:
+    return attend_lse(q, k.dense(q.dtype), v.dense(q.dtype), spec)
+
+
+SCALED_ROWS = (
+    Row("TPU decode kernel", _fits_tpu_decode, _tpu_decode, merges=False),
+    Row("GPU decode kernel", _fits_gpu_decode, _gpu_decode),
+    # what several queries cost to widen for is little beside reading it
+    Row("widened", lambda case: case.backend.kernels != "cpu" and 1 < case.num_queries, _widened),
+    Row("blocks of keys", lambda case: True, _plain(plain.by_key_blocks)),
+)
+
+
+def attend(q: jax.Array, k: Held, v: Held, spec: AttentionSpec) -> jax.Array:
     """softmax(q k^T / sqrt(h)) v on one device, see `plain`: [B, T, H, h] in q's dtype."""
     return _run(q, k, v, spec, merges=False)[0]
 
 
-def attend_lse(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> plain.Attended:
+def attend_lse(q: jax.Array, k: Held, v: Held, spec: AttentionSpec) -> plain.Attended:
     """`attend`, and the log-sum-exp, float32 [B, H, T], by which attention over parts of the keys is merged."""
     out, lse = _run(q, k, v, spec, merges=True)
     assert lse is not None
@@ -307,10 +327,8 @@ def explain(config: ModelConfig, backend: Backend, capacity: int, prompt: int = 
     return found
 
 
-def _run(
-    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, *, merges: bool
-) -> tuple[jax.Array, jax.Array | None]:
+def _run(q: jax.Array, k: Held, v: Held, spec: AttentionSpec, *, merges: bool) -> tuple[jax.Array, jax.Array | None]:
     backend = current_backend()
-    row = choose(q, k, spec, backend, merges=merges)
-    log.info("queries %s over keys %s: %s", q.shape, k.shape, row.name)
+    row = choose(q, k, spec, backend, merges=merges, rows=SCALED_ROWS if isinstance(k, Scaled) else ROWS)
+    log.info("queries %s over %s keys %s: %s", q.shape, k.dtype, k.shape, row.name)
     return row.run(q, k, v, spec, backend)

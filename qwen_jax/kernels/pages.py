@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from qwen_jax.kernels.scaled import Scaled
+
 
 class Pages(flax.struct.PyTreeNode):
     """N pages of P keys and values of K heads; int8 ones are multiplied by their scales."""
@@ -50,12 +52,12 @@ class Pages(flax.struct.PyTreeNode):
 
         if self.k_scale is None or self.v_scale is None:
             return self.replace(k=merged(self.k, k.astype(self.k.dtype)), v=merged(self.v, v.astype(self.v.dtype)))
-        (k, k_scale), (v, v_scale) = _quantised(k), _quantised(v)
+        k8, v8 = Scaled.of(k), Scaled.of(v)
         return Pages(
-            merged(self.k, k),
-            merged(self.v, v),
-            merged_scale(self.k_scale, k_scale),
-            merged_scale(self.v_scale, v_scale),
+            merged(self.k, k8.values),
+            merged(self.v, v8.values),
+            merged_scale(self.k_scale, k8.scale),
+            merged_scale(self.v_scale, v8.scale),
         )
 
     def gathered(
@@ -77,10 +79,3 @@ class Pages(flax.struct.PyTreeNode):
             return jnp.where(is_held[:, None, :, None], found, 0)
 
         return of(self.k, self.k_scale), of(self.v, self.v_scale)
-
-
-def _quantised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 [..., h] and float32 scales [...], whose product is x to half a scale."""
-    wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
-    return jnp.round(wide / jnp.where(scale == 0, 1, scale)[..., None]).astype(jnp.int8), scale

@@ -17,6 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from qwen_jax.kernels.scaled import Held, widened
 from qwen_jax.kernels.spec import AttentionSpec
 
 # Queries of a block, which bounds the [B, H, T, S] scores that are held at a time.
@@ -75,15 +76,15 @@ def by_query_blocks(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpe
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[-4:]), jnp.moveaxis(lse, 0, 2).reshape(*lse.shape[1:3], -1)
 
 
-def by_key_blocks(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> Attended:
+def by_key_blocks(q: jax.Array, k: Held, v: Held, spec: AttentionSpec) -> Attended:
     """A block of keys at a time, see `over_key_blocks`."""
     num_keys = k.shape[2]
     block = min(KEY_BLOCK, num_keys)
 
     def read(begin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         start = jnp.minimum(begin, num_keys - block)  # the last block reaches back where S is no multiple
-        keys, values = (lax.dynamic_slice_in_dim(x, start, block, axis=2) for x in (k, v))
-        return keys, values, start
+        keys, values = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block, axis=2), (k, v))
+        return widened(keys, q.dtype), widened(values, q.dtype), start
 
     return over_key_blocks(q, read, k.shape[1], num_keys, block, spec)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from qwen_jax.kernels.choice import attend, attend_lse
+from qwen_jax.kernels.scaled import Held
 from qwen_jax.kernels.spec import AttentionSpec
 from qwen_jax.sharding import activation_spec, cache_heads, current_mesh
 
@@ -20,7 +22,7 @@ def repeat_heads(x: jax.Array) -> jax.Array:
     return jnp.repeat(x, cache_heads(x.shape[2]) // x.shape[2], axis=2)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+def attention(q: jax.Array, k: Held, v: Held, spec: AttentionSpec) -> jax.Array:
     """softmax(q k^T / sqrt(h)) v with float32 scores; q [B, T, H, h], k and v [B, K, S, h] as caches hold them.
 
     With `spec.chunk_length`, q is [3, B, T, H, h], see `kernels.plain`. Returns [B, T, H, h] in q's dtype. On a mesh
@@ -30,7 +32,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> 
     return attend(q, k, v, spec) if mesh is None else _sharded(q, k, v, spec, mesh)
 
 
-def _sharded(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, mesh: AbstractMesh) -> jax.Array:
+def _sharded(q: jax.Array, k: Held, v: Held, spec: AttentionSpec, mesh: AbstractMesh) -> jax.Array:
     """Every device's part of q [(3,) B, T, H, h] and of k, v [B, K, S, h].
 
     Where `context` splits the sequence, new tokens among themselves exchange heads for sequence (all-to-all, DeepSpeed
@@ -43,7 +45,8 @@ def _sharded(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, mesh
     out_shape, sequence = q.shape[-4:], "sequence" if among_themselves else None
     out_spec = activation_spec(mesh, out_shape, "batch", sequence, "heads", None)
     q_spec = PartitionSpec(*[None] * (q.ndim - 4), *out_spec)
-    kv_spec = activation_spec(mesh, k.shape, "batch", "kv_heads", "sequence" if split else None, None)
+    kv_axes = "batch", "kv_heads", "sequence" if split else None
+    kv_spec = activation_spec(mesh, k.shape[:3], *kv_axes)  # of scales as well
 
     # scalars that the compiler may know stay outside, everything else is an argument
     arrays = {f.name: x for f in dataclasses.fields(spec) if isinstance(x := getattr(spec, f.name), jax.Array)}
@@ -53,6 +56,7 @@ def _sharded(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, mesh
         sequence = out_spec[1] if name.startswith("query") else kv_spec[2]
         return PartitionSpec(*(rows, sequence)[: x.ndim])
 
+    local: Callable[..., jax.Array]
     if not split:
         local = _alone
     elif not among_themselves:
@@ -62,18 +66,18 @@ def _sharded(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, mesh
         exchangeable = heads % context == 0 and (kv_heads % context == 0 or context % kv_heads == 0)
         local = _all_to_all if exchangeable else _ring
 
-    def body(q: jax.Array, k: jax.Array, v: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+    def body(q: jax.Array, k: Held, v: Held, arrays: dict[str, jax.Array]) -> jax.Array:
         return local(q, k, v, spec.replace(**arrays), context)
 
     in_specs = (q_spec, kv_spec, kv_spec, {name: array_spec(name, x) for name, x in arrays.items()})
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)(q, k, v, arrays)
 
 
-def _alone(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, context: int) -> jax.Array:
+def _alone(q: jax.Array, k: Held, v: Held, spec: AttentionSpec, context: int) -> jax.Array:
     return attend(q, k, v, spec)
 
 
-def _merged(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, context: int) -> jax.Array:
+def _merged(q: jax.Array, k: Held, v: Held, spec: AttentionSpec, context: int) -> jax.Array:
     """All queries against each device's part of the keys."""
     out, lse = attend_lse(q, k, v, spec.replace(key_start=lax.axis_index("context") * k.shape[2]))
     weight = jnp.exp(lse - lax.stop_gradient(lax.pmax(lse, "context")))
