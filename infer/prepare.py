@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qwen_jax.backend import Backend
-from qwen_jax.leaves import Leaf, Lora, Packed, PackedExperts, Weight, native, pack_mlp
+from qwen_jax.leaves import Int8, Leaf, Lora, Packed, PackedExperts, Weight, native, pack_mlp
 from qwen_jax.model import Params, unstack
 from qwen_jax.sharding import current_mesh
 from qwen_jax.unstacked import Unstacked
@@ -20,7 +20,8 @@ from qwen_jax.unstacked import Unstacked
 def prepare(params: Params, backend: Backend, *, dtype: DTypeLike | None = None, donate: bool = False) -> Params:
     """The parameters with every layer in buffers of its own and, for a CPU without a mesh, matrices packed.
 
-    dtype: casts what is floating; with native kernels by default to float32, in which they take activations. The input
+    dtype: casts what is floating; with native kernels by default to float32, in which they take activations. For
+    integer products the layers' dense projections become int8. The input
     stays whole, and what needs no change is shared with it; with `donate` it must not be used afterwards: its layers
     are freed one leaf at a time, so that at most one exists twice. Without `donate`, and without native kernels, it may
     be traced, under `jax.jit` say, to reshard parameters from training to decoding. Prepared parameters may be prepared
@@ -35,6 +36,8 @@ def prepare(params: Params, backend: Backend, *, dtype: DTypeLike | None = None,
     if backend.native:
         params, dtype = _native(params, donate), dtype or jnp.float32
     params = jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
+    if backend.integer_products:
+        params = params | {"layers": _integers(params["layers"], donate)}
     return _packed(params) if backend.kernels == "cpu" and current_mesh() is None else params
 
 
@@ -56,6 +59,27 @@ def _native(params: Params, donate: bool) -> Params:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Weight))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return treedef.unflatten(pool.map(packed, leaves))
+
+
+def _integers(layers: Unstacked, donate: bool) -> Unstacked:
+    """Dense projections as int8 with a scale for each output channel."""
+
+    def quantised(leaf: Leaf, num_in: int) -> Leaf:
+        if isinstance(leaf, Lora):
+            return leaf.replace(base=quantised(leaf.base, num_in))
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        made = Int8.quantise(leaf, num_in)
+        if donate:
+            leaf.delete()
+        return made
+
+    def of_layers(path: tuple[Any, ...], leaf: Leaf) -> Leaf:
+        module, name = path[-2].key, path[-1].key
+        is_projection = name == "kernel" and module in ("q", "k", "v", "o", "gate", "up", "down")
+        return quantised(leaf, num_in=2 if module == "o" else 1) if is_projection else leaf
+
+    return jax.tree_util.tree_map_with_path(of_layers, layers, is_leaf=lambda leaf: isinstance(leaf, Weight))
 
 
 def _packed(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Weights in 8 bits, integers or floats, with a scale for each output channel; activations keep their type."""
+"""Weights in 8 bits, integers or floats, with a scale for each output channel."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from collections.abc import Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
+from qwen_jax.backend import current_backend
 from qwen_jax.leaves.weight import Component, Weight, grouped_matmul, lookup, matmul
 
 
 class Int8(Weight):
-    """values[*out, *in] * scale[*out]. No gradient goes to it; gradients go through it."""
+    """values[*out, *in] * scale[*out]. No gradient goes to it; gradients go through it.
+
+    Activations keep their type; under a backend of `integer_products` they are rounded (W8A8), which has no gradient.
+    """
 
     values: Component  # int8 or float8_e4m3fn
     scale: Component
@@ -51,7 +56,10 @@ class Int8(Weight):
         return [axes, axes[: self.scale.ndim]]
 
     def matmul(self, x: jax.Array, num_in: int, dtype: DTypeLike) -> jax.Array:
-        y = matmul(self.values, x, num_in)
+        if current_backend().integer_products and self.values.dtype == jnp.int8:
+            y = _integer_product(self.values, x, num_in)
+        else:
+            y = matmul(self.values, x, num_in)
         scale = self.scale.astype(jnp.float32)
         return (y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)).astype(dtype)
 
@@ -62,3 +70,14 @@ class Int8(Weight):
     def grouped_matmul(self, rows: jax.Array, group_sizes: jax.Array, dtype: DTypeLike) -> jax.Array:
         group = jnp.repeat(jnp.arange(len(group_sizes)), group_sizes, total_repeat_length=len(rows))
         return (grouped_matmul(self.values, rows, group_sizes) * self.scale[group].astype(jnp.float32)).astype(dtype)
+
+
+def _integer_product(values: jax.Array, x: jax.Array, num_in: int) -> jax.Array:
+    """float32 [*batch, *out] of int8 values [*out, *in] and x, each of whose tokens is rounded to 127 steps."""
+    summed = tuple(range(x.ndim - num_in, x.ndim))
+    wide = x.astype(jnp.float32)
+    step = jnp.max(jnp.abs(wide), summed, keepdims=True) / 127
+    codes = jnp.round(wide / jnp.where(step == 0, 1, step)).astype(jnp.int8)
+    contracted = summed, tuple(range(values.ndim - num_in, values.ndim))
+    y = lax.dot_general(codes, values, (contracted, ((), ())), preferred_element_type=jnp.int32)
+    return y.astype(jnp.float32) * step.reshape(*x.shape[: x.ndim - num_in], *[1] * (values.ndim - num_in))

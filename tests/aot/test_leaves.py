@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from aot import hlo
 from aot.worker import ENVIRONMENT
 
 pytestmark = [
@@ -38,11 +39,14 @@ weights = {
     "int8": Int8(array(jnp.int8, O, K), array(jnp.float16, O)),
     "float8": Grouped(array(jnp.float8_e4m3fn, O, K // G, G), array(jnp.float32, O, K // G)),
 }
-for name, weight in weights.items():
-    with Backend("tpu").entered():
+cases = [(name, weight, Backend("tpu")) for name, weight in weights.items()]
+cases.append(("int8 by int8", weights["int8"], Backend("tpu", integer_products=True)))
+for name, weight, backend in cases:
+    with backend.entered():
         lowered = jax.jit(lambda w, x: matmul(w, x, dtype=jnp.bfloat16)).lower(weight, array(jnp.bfloat16, 8, K))
-    memory = lowered.compile().memory_analysis()
-    print(json.dumps([name, memory.argument_size_in_bytes, memory.temp_size_in_bytes]))
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    print(json.dumps([name, memory.argument_size_in_bytes, memory.temp_size_in_bytes, compiled.as_text()]))
 """
 
 
@@ -53,7 +57,22 @@ def test_no_weight_is_widened_in_hbm(topology: str) -> None:
     assert done.returncode == 0, done.stderr
     rows = {row[0]: row[1:] for row in map(json.loads, done.stdout.splitlines())}
     numbers = 18944 * 3584
-    for name, (arguments, temporary) in rows.items():
-        assert arguments < (0.6 if "int4" in name else 1.1) * numbers, rows
-        assert temporary < 0.05 * numbers, rows
-    assert len(rows) == 4
+    for name, (arguments, temporary, _) in rows.items():
+        assert arguments < (0.6 if "int4" in name else 1.1) * numbers, name
+        assert temporary < 0.05 * numbers, name
+    assert len(rows) == 5
+    # the matrix unit multiplies integers where activations are rounded to int8, and only there
+    assert {name: products(text) for name, (_, _, text) in rows.items() if name.startswith("int8")} == {
+        "int8": [("bf16", "s8", "f32")],
+        "int8 by int8": [("s8", "s8", "s32")],
+    }
+
+
+def products(text: str) -> list[tuple[str, ...]]:
+    """Types of both operands and of the result of each matrix product."""
+    found = []
+    for computation in hlo.parse(text).computations.values():
+        for i in computation.values():
+            if i.opcode in ("convolution", "dot"):
+                found.append((*(computation[name].arrays[0].dtype for name in i.operands[:2]), i.arrays[0].dtype))
+    return found
