@@ -49,8 +49,12 @@ class Compile:
     """storage of the optimiser's moments"""
     accumulate: int = 1
     """micro-batches of a training step"""
-    weights: Literal["bfloat16", "int8"] = "bfloat16"
-    """of prefill and decode; int8 takes one byte for each weight of a layer's matrices"""
+    weights: Literal["bfloat16", "int8", "int4", "nf4"] = "bfloat16"
+    """of the layers' matrices, in prefill, decode and under an adapter; int4 by 128, as GPTQ has them, nf4 by 64"""
+    cache_dtype: Literal["bfloat16", "int8"] = "bfloat16"
+    """of the keys and values that prefill and decode keep"""
+    adapter: int = 0
+    """rank of LoRA over every projection, which is then all that is trained"""
     search: bool = False
     """try meshes, rematerialisation and batch sizes for the slice, and rank those that fit; seconds each"""
     table: bool = False
@@ -115,6 +119,8 @@ def program_of(options: Compile) -> Program:
         moments=options.moments,
         accumulate=options.accumulate,
         weights=options.weights,
+        cache_dtype=options.cache_dtype,
+        adapter=options.adapter,
     )
     topology = parse_target(target)
     num_devices = topology.num_devices

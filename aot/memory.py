@@ -103,14 +103,13 @@ def blocks(buffer_assignment: str, module: hlo.Module) -> list[Block]:
 
 
 def second_copies(found: Sequence[Block], module: hlo.Module) -> list[Allocation]:
-    """Temporary blocks as large as a layer's cache, or, wider, as an int8 matrix: of each there should be one only."""
+    """Temporary blocks as large as a layer's cache, or, wider, as a matrix of few bits: of each there should be one."""
     parameters = [i for i in module.computations[module.entry].values() if i.opcode == "parameter" and i.arrays]
     caches = {math.prod(i.arrays[0].dims) for i in parameters if "cache." in i.op_name and len(i.arrays[0].dims) > 3}
-    matrices = {math.prod(i.arrays[0].dims) for i in parameters if i.arrays[0].dtype == "s8"}
-    return [
-        block.allocation
-        for block in found
-        if block.is_temporary
-        and block.elements in caches | matrices
-        and block.allocation.shape.startswith(("bf16", "f16", "f32"))
-    ]
+    matrices = {math.prod(i.arrays[0].dims) for i in parameters if i.arrays[0].dtype in ("s4", "s8")}
+
+    def is_copy(block: Block) -> bool:
+        wide = block.allocation.shape.startswith(("bf16", "f16", "f32"))
+        return block.elements in (caches | matrices if wide else caches)
+
+    return [block.allocation for block in found if block.is_temporary and is_copy(block)]

@@ -51,7 +51,10 @@ class Report:
     def model_flops(self) -> float:
         """What the step needs, by formula."""
         program = self.program
-        return flops.model_flops(program.config, program.step, program.batch, program.sequence) / self.num_devices
+        total = flops.model_flops(
+            program.config, program.step, program.batch, program.sequence, frozen=bool(program.adapter)
+        )
+        return total / self.num_devices
 
     @property
     def num_devices(self) -> int:
@@ -89,12 +92,11 @@ class Report:
         return self.census.hbm_bytes / self.topology.chip.hbm_bandwidth if self.census else 0.0
 
     @property
-    def least_hbm_seconds(self) -> float:
-        """What a step must read, its arguments but for an embedding of which it reads rows, at that bandwidth."""
+    def least_hbm_bytes(self) -> float:
+        """What a step must read: its arguments, but for an embedding of which it reads rows."""
         config, mesh = self.program.config, dict(self.program.mesh)
         looked_up = 0 if config.tie_word_embeddings else 2 * flops.head_params(config) / mesh.get("tensor", 1)
-        read = (self.memory.arguments if self.memory else 0) - looked_up
-        return read / self.topology.chip.hbm_bandwidth
+        return (self.memory.arguments if self.memory else 0) - looked_up
 
     @property
     def link_seconds(self) -> float:
@@ -124,7 +126,7 @@ class Report:
         if self.copies:
             size = sum(copy.num_bytes for copy in self.copies)
             copy = f"{self.copies[0].shape} of {short_name(self.copies[0].name)}"
-            found.append(f"{gib(size)} GiB of the cache or of int8 weights are in memory twice, such as {copy}")
+            found.append(f"{gib(size)} GiB of the cache or of few-bit weights are in memory twice, such as {copy}")
         return found
 
     def as_json(self) -> dict[str, Any]:
@@ -152,6 +154,7 @@ class Report:
                 "step_seconds": self.step_seconds,
                 "compute_seconds": self.compute_seconds,
                 "hbm_seconds": self.hbm_seconds,
+                "least_hbm_bytes": self.least_hbm_bytes,
                 "link_seconds": self.link_seconds,
                 "exposed_link_seconds": self.census.exposed_seconds,
                 "bytes_sent_per_token": self.bytes_per_token,
@@ -190,13 +193,15 @@ def advice(program: Program) -> list[str]:
             found.append(f"--accumulate {program.accumulate * 2}")
         if rows <= 1:
             found.append("a mesh with more tensor or context, which cut the activations")
-        if program.moments == "float32":
+        if program.moments == "float32" and not program.adapter:
             found.append("--moments bfloat16")
         if program.remat == "full":
             found.append("--remat offload")
     else:
         if program.weights == "bfloat16":
-            found.append("--weights int8")
+            found += ["--weights int8", "--weights int4"]
+        if program.cache_dtype == "bfloat16":
+            found.append("--cache-dtype int8")
         if program.step == "decode":
             found.append("a smaller --batch or --sequence, which the cache grows with")
         found.append("a mesh with more tensor")

@@ -8,21 +8,30 @@ from pathlib import Path
 
 from aot import experiments
 from aot.chips import parse_topology
-from aot.programs import Program
+from aot.programs import CacheDtype, Kind, Program
 from aot.report import Report, gib, seconds
 
 
 def train(model: str, target: str, batch: int, sequence: int, **settings: int | str) -> Program:
-    """A training program; settings are mesh axes, remat, moments and accumulate."""
-    others = {name: settings.pop(name) for name in ("remat", "moments", "accumulate") if name in settings}
+    """A training program; settings are mesh axes and fields of Program."""
+    names = ("remat", "moments", "accumulate", "weights", "adapter")
+    others = {name: settings.pop(name) for name in names if name in settings}
     mesh = tuple((axis, int(size)) for axis, size in settings.items())
     return Program(model, target, "train", batch, sequence, mesh, **others)  # type: ignore[arg-type]
 
 
-def decode(model: str, target: str, batch: int, slots: int, weights: str, tensor: int = 1) -> Program:
+def decode(
+    model: str,
+    target: str,
+    batch: int,
+    slots: int,
+    weights: Kind,
+    tensor: int = 1,
+    cache_dtype: CacheDtype = "bfloat16",
+) -> Program:
     """A decode step with a cache of so many slots a row."""
     mesh = (("tensor", tensor),) if tensor > 1 else ()
-    return Program(model, target, "decode", batch, slots, mesh, weights=weights)  # type: ignore[arg-type]
+    return Program(model, target, "decode", batch, slots, mesh, weights=weights, cache_dtype=cache_dtype)
 
 
 # what docs/tpu.md compares generations and lengths by, besides the experiments of configs/
@@ -40,6 +49,11 @@ DECODING = (
     decode("qwen2.5-7b", "v5e-1", 1, 4096, "int8"),
     decode("qwen2.5-7b", "v5e-1", 8, 4096, "int8"),
     decode("qwen2.5-7b", "v5e-1", 64, 2048, "int8"),
+    *(decode("qwen2.5-7b", "v5e-1", batch, 4096, "int4") for batch in (1, 8, 64)),
+    *(decode("qwen2.5-7b", "v5e-1", 1, 32768, weights, cache_dtype="int8") for weights in ("int8", "int4")),
+    decode("qwen2.5-7b", "v5e-1", 8, 32768, "int4", cache_dtype="int8"),
+    *(decode("qwen2.5-7b", "v6e-1", batch, 4096, "int4") for batch in (1, 8, 64)),
+    decode("qwen2.5-7b", "v6e-1", 8, 32768, "int4", cache_dtype="int8"),
     *(
         decode("qwen2.5-7b", target, batch, 4096, weights, tensor)
         for target, tensor in (("v5e-4", 4), ("v6e-1", 1))
@@ -55,6 +69,13 @@ def _like(name: str) -> str:
     """A model of Llama's dimensions in Qwen's form, which adds biases to q, k and v."""
     return str(Path(__file__).with_name(f"{name}.json"))
 
+
+# LoRA of rank 16 over a frozen 7B in 4 bits, at 2,048 tokens
+ADAPTERS = tuple(
+    train("qwen2.5-7b", target, 4 * fsdp, 2048, fsdp=fsdp, weights=weights, adapter=16, accumulate=2)
+    for target, fsdp in (("v5e-1", 1), ("v5e-4", 4))
+    for weights in ("int4", "nf4")
+)
 
 # A copy of the model on each slice; as many rows a chip as on one.
 SLICES = (
@@ -77,6 +98,7 @@ def sections() -> dict[str, Sequence[Program]]:
     return {
         "Experiments": experiments.programs(),
         "Training": TRAINING,
+        "Adapters over few bits": ADAPTERS,
         "Several slices": SLICES,
         "Decoding": DECODING,
         "Beside MaxText": PEERS,
@@ -133,8 +155,8 @@ _TRAIN_HEAD = (
     *("links", "exposed", "MFU at most"),
 )
 _DECODE_HEAD = (
-    *("model", "slice", "mesh", "weights", "batch", "cache", "GiB a chip", "arguments", "temporaries"),
-    *("least HBM time", "program's HBM time", "links", "tokens/s at most", "compiled in"),
+    *("model", "slice", "mesh", "weights", "rows", "cache", "GiB a chip", "temporaries", "stored and read, GB"),
+    *("program's bytes / these", "HBM time", "links", "tokens/s at most"),
 )
 
 
@@ -148,6 +170,7 @@ def _line(report: Report) -> list[str]:
     model, where, mesh, capacity = _common(report)
     program = report.program
     rows = f"{program.accumulate} x {program.batch // program.accumulate}" if program.accumulate > 1 else program.batch
+    model = f"{model}, LoRA {program.adapter} over {program.weights}" if program.adapter else model
     cells = [model, where, mesh, str(rows), f"{program.sequence:,}", program.remat]
     memory, census = report.memory, report.census
     if memory is None or census is None:
@@ -172,17 +195,18 @@ def _line(report: Report) -> list[str]:
 def _decode_line(report: Report) -> list[str]:
     model, where, mesh, capacity = _common(report)
     program = report.program
-    cells = [model, where, mesh, program.weights, str(program.batch), f"{program.sequence:,}"]
+    cache = f"{program.sequence:,} {program.cache_dtype}"
+    cells = [model, where, mesh, program.weights, str(program.batch), cache]
     memory, census = report.memory, report.census
     if memory is None or census is None:
-        return [*cells, f"**{gib(report.needed)}** of {capacity}: does not fit", *[""] * 7]
-    bound = max(report.least_hbm_seconds, report.compute_seconds) + report.link_seconds
+        return [*cells, f"**{gib(report.needed)}** of {capacity}: does not fit", *[""] * 6]
+    bound = max(report.hbm_seconds, report.compute_seconds) + report.link_seconds
     return [
         *cells,
         f"{gib(memory.total)} of {capacity}",
-        gib(memory.arguments),
         gib(memory.temporaries),
-        *map(seconds, (report.least_hbm_seconds, report.hbm_seconds, report.link_seconds)),
+        f"{report.least_hbm_bytes / 1e9:.2f}",
+        f"{census.hbm_bytes / report.least_hbm_bytes:.2f}",
+        *map(seconds, (report.hbm_seconds, report.link_seconds)),
         f"{program.batch / bound:,.0f}",
-        f"{report.compile_seconds:.0f} s",
     ]

@@ -44,18 +44,20 @@ def _layer_attention_flops(config: ModelConfig, window: int | None, queries: int
     return 4 * config.num_heads * config.head_dim * keys
 
 
-def model_flops(config: ModelConfig, step: str, batch: int, sequence: int) -> float:
+def model_flops(config: ModelConfig, step: str, batch: int, sequence: int, *, frozen: bool = False) -> float:
     """FLOPs that one step needs on all chips together: 2 N per token (Kaplan et al., arXiv 2001.08361, 2.1), and
     attention per visible key.
 
-    train: three forward passes' worth. prefill: one, in which of any token but the last only the last layer's keys and
+    train: three forward passes' worth; with `frozen` weights, whose gradients are not made, two, but for attention.
+    prefill: one, in which of any token but the last only the last layer's keys and
     values are wanted. decode: one token per row after `sequence` - 1 others.
     """
     if step == "decode":
         return batch * (2 * matmul_params(config) + attention_flops(config, 1, sequence - 1))
     forward = 2 * matmul_params(config) * sequence + attention_flops(config, sequence)
     if step == "train":
-        return 3 * batch * forward
+        unmade = 2 * matmul_params(config) * sequence if frozen else 0
+        return batch * (3 * forward - unmade)
     unwanted = 2 * (head_params(config) + _last_layer_params(config)) * (sequence - 1)
     unwanted += _layer_attention_flops(config, config.layer_windows()[-1], sequence - 1, 0)
     return batch * (forward - unwanted)

@@ -45,6 +45,12 @@ def test_training_is_six_n_per_token_for_short_sequences() -> None:
     assert model_flops(config, "train", 1, 1) == pytest.approx(6 * n, rel=1e-4)
 
 
+def test_frozen_weights_have_no_gradients() -> None:
+    """Forward and to the inputs, 2 N each per token, and attention three times."""
+    frozen, whole = (model_flops(TINY, "train", 3, 64, frozen=frozen) for frozen in (True, False))
+    assert whole - frozen == 3 * 64 * 2 * matmul_params(TINY)
+
+
 def test_causal_attention_is_half_of_the_square() -> None:
     config = load_preset("qwen2.5-7b")
     square = 4 * config.num_layers * config.num_heads * config.head_dim * 8192**2

@@ -59,8 +59,10 @@ def adapted(config: AdapterConfig, model: ModelConfig, params: Params, seed: int
     """The parameters with an adapter over each target. Raises InputError for targets that this model does not have."""
     if config.start is not None:
         return apply_adapter(params, read_adapter(config.start, model))
-    by_target = {target: [leaf for leaf in leaves(model, "hf") if _target(leaf) == target] for target in config.targets}
-    known = sorted({_target(leaf) for leaf in leaves(model, "hf") if len(leaf.unit) > leaf.row_axes})
+    by_target = {
+        target: [leaf for leaf in leaves(model, "hf") if target_of(leaf) == target] for target in config.targets
+    }
+    known = sorted({target_of(leaf) for leaf in leaves(model, "hf") if len(leaf.unit) > leaf.row_axes})
     for target, found in by_target.items():
         if target in ("embed_tokens", "lm_head") and model.tie_word_embeddings:
             raise InputError(
@@ -78,14 +80,14 @@ def adapted(config: AdapterConfig, model: ModelConfig, params: Params, seed: int
     return apply_adapter(params, created)
 
 
-def _target(leaf: Leaf) -> str:
+def target_of(leaf: Leaf) -> str:
     """The last part of the name of the module that holds a leaf."""
     return leaf.tensor.removesuffix(".weight").rpartition(".")[2]
 
 
 def _create(config: AdapterConfig, leaf: Leaf, params: Params, key: jax.Array) -> LowRank:
     """An adapter over a leaf that changes nothing yet."""
-    front, num_in = len(leaf.shape) - len(leaf.unit), len(leaf.unit) - leaf.row_axes
+    front, num_in = len(leaf.shape) - len(leaf.unit), leaf.num_in
     shape = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
     new = Lora.create(shape, config.rank, config.scaling * config.rank, key, num_in=num_in, num_front=front)
     magnitude = None

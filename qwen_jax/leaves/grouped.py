@@ -48,7 +48,14 @@ class Grouped(Groupwise):
     def _numbers(self) -> jax.Array:
         if self.codebook is None:
             return self.values.astype(jnp.float32)
-        return jnp.asarray(self.codebook, jnp.float32)[self.values.astype(jnp.int32) + 8]
+        # by halves, bit after bit: XLA:TPU would gather one number at a time
+        code = self.values.astype(jnp.int32) + 8
+        numbers = [jnp.float32(number) for number in self.codebook]
+        while len(numbers) > 1:
+            upper = (code & 1) == 1
+            numbers = [jnp.where(upper, b, a) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+            code >>= 1
+        return numbers[0]
 
     def product(self, x: jax.Array) -> jax.Array:
         """Few rows, but for XLA:CPU: each group's product in the weight's own type, then its scale."""

@@ -93,7 +93,9 @@ def grouped_matmul(weight: Leaf, rows: jax.Array, group_sizes: jax.Array, dtype:
     return dense_grouped_matmul(weight.astype(rows.dtype), rows, group_sizes, dtype)
 
 
-def map_arrays(function: Callable[..., Any], weight: Leaf, axes: Sequence[str | None], *rest: Any) -> Any:
+def map_arrays(
+    function: Callable[..., Any], weight: Leaf | jax.ShapeDtypeStruct, axes: Sequence[str | None], *rest: Any
+) -> Any:
     """A leaf with function(array, logical names of its axes, ...) in place of each of its arrays.
 
     `axes` name those of the leaf's shape; `rest` are further trees like the leaf.

@@ -34,6 +34,11 @@ class Leaf:
         return itertools.product(*map(range, self.shape[: len(self.shape) - len(self.unit)]))
 
     @property
+    def num_in(self) -> int:
+        """How many trailing axes of `unit` are the tensor's columns."""
+        return len(self.unit) - self.row_axes
+
+    @property
     def rows(self) -> int:
         return math.prod(self.unit[: self.row_axes])
 

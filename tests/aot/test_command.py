@@ -1,10 +1,15 @@
 """`qwen-jax compile` without a compiler: names of slices, refusals of memory, options, the rows of the table."""
 
+import dataclasses
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from aot import experiments, hlo
@@ -12,13 +17,14 @@ from aot.census import Census, Collectives
 from aot.chips import GIB, parse_topology
 from aot.command import Compile, program_of
 from aot.memory import Memory, blocks, parse_out_of_memory, second_copies
-from aot.programs import Program
+from aot.programs import Program, check
 from aot.report import Report, advice, refusal, short_name
 from aot.search import candidates, meshes, step_times
-from aot.table import DECODING, PEERS, SLICES, TRAINING, label
+from aot.table import ADAPTERS, DECODING, PEERS, SLICES, TRAINING, label
 from aot.targets import parse_target
 from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
+from qwen_jax.presets import load_preset
 
 # --- slices -----------------------------------------------------------------------------------------------------------
 
@@ -141,6 +147,13 @@ def test_what_is_in_memory_twice() -> None:
     found = blocks(BUFFERS, module)
     assert found[0].allocation.name == "jit(decode)/while/body/mlp/up/convert"
     assert [copy.shape for copy in second_copies(found, module)] == ["bf16[2048,1024]", "bf16[8,512,128]"]
+
+
+def test_an_int8_cache_twice() -> None:
+    """In its own type as well; a matrix in its own type is no copy, as it may be another of that shape."""
+    module = hlo.parse(PROGRAM.replace("bf16[8,1,512,128]", "s8[8,1,512,128]").replace("s8[2048", "s4[2048"))
+    buffers = BUFFERS.replace("bf16[8,512,128]", "s8[8,512,128]").replace("bf16[2048", "s4[2048")
+    assert [copy.shape for copy in second_copies(blocks(buffers, module), module)] == ["s8[8,512,128]"]
 
 
 def test_no_step_is_shorter_than_its_compute_or_its_memory_traffic() -> None:
@@ -271,8 +284,8 @@ def test_step_times_of_fsdp_by_hand() -> None:
 
 @pytest.mark.parametrize(
     "program",
-    [*experiments.programs(), *TRAINING, *SLICES, *DECODING, *PEERS],
-    ids=lambda p: f"{label(p)}-{p.target}-{p.batch}-{p.sequence}",
+    [*experiments.programs(), *TRAINING, *ADAPTERS, *SLICES, *DECODING, *PEERS],
+    ids=lambda p: f"{label(p)}-{p.target}-{p.batch}-{p.sequence}-{p.weights}",
 )
 def test_rows_lie_on_their_slices(program: Program) -> None:
     """Mesh sizes multiply to the devices, and divide the batch and the model."""
@@ -291,6 +304,56 @@ def test_models_beside_maxtext_have_llamas_size() -> None:
         config = load_config(program.model)
         biases = config.num_layers * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         assert config.num_params() - biases == parameters
+
+
+def test_least_bytes_of_a_decode_step() -> None:
+    """The arguments but for the embedding's table, of which one row is read."""
+    program = Program("qwen2.5-7b", "v5e-1", "decode", 1, 4096, weights="int4")
+    report = Report(program, parse_target("v5e-1"), Memory(6 * GIB, 0, 0, 0), None, None, (), 0.0, 0.0, {})
+    assert report.least_hbm_bytes == 6 * GIB - 2 * 152064 * 3584
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4", "nf4"])
+def test_parameters_are_those_that_training_an_adapter_has(weights: str, tmp_path: Path) -> None:
+    """The same leaves and shapes as of a model that is loaded, quantised and given an adapter."""
+    from aot import programs
+    from qwen_jax.model import init
+    from qwen_jax.sharding import MeshConfig, make_mesh
+    from train.adapter import AdapterConfig, adapted
+
+    sizes = {"hidden_size": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "intermediate_size": 512}
+    small = dataclasses.replace(load_preset("qwen2.5-7b"), vocab_size=320, num_layers=2, **sizes)
+    (tmp_path / "config.json").write_text(json.dumps(small.to_hf()))
+    program = Program(str(tmp_path), "v5e-1", "train", 1, 128, weights=weights, adapter=4)  # type: ignore[arg-type]
+    config, mesh = program.config, make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    found = programs._with_adapter(program, programs._abstract_params(program, mesh, stacked=True), mesh)
+
+    def quantised(path: Any, leaf: jax.Array) -> Any:
+        keys = [key.key for key in path]
+        num_in = 2 if keys[-2] == "o" else 1
+        return programs._quantised(leaf, program.weights, num_in) if keys[-1] == "kernel" else leaf
+
+    params = jax.jit(lambda key: init(config, key, jnp.bfloat16))(jax.random.key(0))
+    params["layers"] = jax.tree_util.tree_map_with_path(quantised, params["layers"])
+    wanted = adapted(AdapterConfig(rank=4), config, params, seed=0)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    shapes = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (found, wanted)]
+    assert shapes[0] == shapes[1]
+    codes = jax.tree.leaves(found["layers"]["mlp"]["gate"]["kernel"].base)[0]
+    assert math.prod(codes.sharding.shard_shape(codes.shape)) == codes.size // 4  # over all devices
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (Program("qwen2.5-7b", "v5e-1", "train", 1, 128, weights="int4"), "give an --adapter"),
+        (Program("qwen2.5-7b", "v5e-1", "train", 1, 128, cache_dtype="int8"), "--cache-dtype"),
+        (Program("qwen2.5-7b", "v5e-1", "decode", 1, 128, adapter=4), "--adapter"),
+    ],
+)
+def test_what_no_program_is(program: Program, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        check(program)
 
 
 def test_json_of_a_refusal() -> None:

@@ -85,6 +85,31 @@ def test_fsdp_over_a_whole_torus_is_caught(compiler: Compiler) -> None:
     assert any("all-reduces over fsdp" in problem for problem in report.problems)
 
 
+@pytest.mark.parametrize(("dtype", "short"), [("bfloat16", "bf16"), ("float32", "f32")])
+def test_gradients_are_scattered_in_their_dtype(compiler: Compiler, tmp_path: Path, dtype: str, short: str) -> None:
+    """Of two layers, whose matrices are larger than the table, over four chips."""
+    experiment = tmp_path / "small.py"
+    experiment.write_text(EXPERIMENT.format(dtype=dtype))
+    report = compiler(Program(str(experiment), "v5e-4", "train", 4, 1024, (("fsdp", 4),), experiment=True))
+    assert report.census
+    sums = [c for c in report.census.collectives if c.kind in ("reduce-scatter", "all-reduce", "collective-permute")]
+    assert max(sums, key=lambda c: c.bytes_sent).largest.startswith(f"{short}["), sums
+
+
+EXPERIMENT = """
+import dataclasses
+from pathlib import Path
+from qwen_jax.presets import load_preset
+from train.config import TrainConfig
+from train.data.config import DataConfig, SourceConfig
+from train.step import StepConfig
+
+small = dataclasses.replace(load_preset("qwen2.5-7b"), num_layers=2, vocab_size=1024)
+data = DataConfig((SourceConfig("corpus:english"),), sequence_length=1024, batch_size=4)
+config = TrainConfig(architecture=small, data=data, steps=10, step=StepConfig(gradient_dtype="{dtype}"), out=Path("x"))
+"""
+
+
 def record() -> None:
     """Writes the figures of all programs."""
     with Compiler() as compiler:
