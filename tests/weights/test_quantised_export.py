@@ -16,7 +16,7 @@ import pytest
 from qwen_jax.config import ModelConfig, MoeConfig
 from qwen_jax.errors import InputError
 from qwen_jax.leaves import Grouped, Int8
-from qwen_jax.model import init
+from qwen_jax.model import Inputs, forward, init, unembed
 from qwen_jax.weights.load import ParamsCheckpoint, flatten, get_leaf, load_params
 from qwen_jax.weights.names import leaves
 from qwen_jax.weights.open import open_checkpoint
@@ -121,6 +121,47 @@ def test_folders_open_with_the_same_weights(name: str, layout: str, tmp_path: Pa
         )  # below float16's range bfloat16 goes on
     text = "the théin <|im_start|>"
     assert found.tokenizer().encode(text) == source.tokenizer().encode(text)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_are_those_of_pytorch_by_the_tools_formulas(layout: str, tmp_path: Path) -> None:
+    """`expected` unpacks as each tool's code does, and is held against what these tools wrote in test_quantised."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors.torch")
+    from tests.weights.test_quantised import expected
+
+    config = dataclasses.replace(CONFIGS["qwen2"], num_layers=1)
+    params = init(config, jax.random.key(0), jnp.bfloat16)
+    made = layers(config, LAYOUTS[layout], params)
+    for name, weight in made[0].items():
+        if name.endswith("kernel"):  # of a network's size
+            made[0][name] = weight.replace(scale=(weight.scale * 0.02).astype(weight.scale.dtype))
+    save_quantised(ParamsCheckpoint(params, config), tmp_path / "out", LAYOUTS[layout], made)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    how = said.pop("quantization_config")
+    tensors = safetensors.load_file(tmp_path / "out" / "model.safetensors")
+    state = {}
+    for name in tensors:
+        module, _, part = name.rpartition(".")
+        if part in ("qweight", "weight_scale"):
+            state[f"{module}.weight"] = expected(how, tensors, module)
+        elif part == "weight_scale_inv":  # which multiplies, despite its name
+            scale = tensors[name].float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+            state[f"{module}.weight"] = tensors[f"{module}.weight"].float() * scale[: len(tensors[f"{module}.weight"])]
+    for name, value in tensors.items():
+        if name.endswith(("norm.weight", ".bias", "embed_tokens.weight", "lm_head.weight")):
+            state.setdefault(name, value.float())
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**said)).float().eval()
+    model.load_state_dict(state)
+    tokens = np.random.default_rng(1).integers(0, 320, (2, 40))
+    with torch.no_grad():
+        wanted = model(torch.tensor(tokens)).logits.numpy()
+    found = open_checkpoint(tmp_path / "out")
+    kept = load_params(found, jnp.float32, dequantise=False, progress=False)
+    hidden = forward(config, kept, Inputs.inference(jnp.asarray(tokens, jnp.int32))).hidden
+    ours = np.asarray(unembed(config, kept, hidden))
+    assert np.abs(ours - wanted).max() < 2e-5 * np.abs(wanted).max()
 
 
 def test_words_are_those_of_the_tools(tmp_path: Path) -> None:
