@@ -50,7 +50,7 @@ class Produced(flax.struct.PyTreeNode):
     top_logprobs: jax.Array  # [B, n, N] float32
 
 
-def _choose(
+def choose(
     hidden: jax.Array,
     state: DecodeState,
     stop_ids: jax.Array,
@@ -60,7 +60,10 @@ def _choose(
     vocab_size: int,
     num_top: int,
 ) -> tuple[DecodeState, tuple[jax.Array, ...]]:
-    """Turns hidden states [B, D] into each row's next token and what is reported of it."""
+    """Turns hidden states [B, D] into each row's next token and what is reported of it.
+
+    stop_ids: of all rows [n], or of each [B, n].
+    """
     logits = unembed(config, params, hidden)  # [B, V]
     # rows of the table beyond the tokenizer are padding: they have logits but no text
     logits = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab_size, logits, -jnp.inf)
@@ -83,7 +86,7 @@ def _choose(
         top_logprobs, top_tokens = lax.cond(jnp.any(rows.report), top, lambda: nothing)
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     steps = state.steps + 1
-    stopped = jnp.any(token[:, None] == stop_ids[None], axis=-1) | (steps >= state.limits)
+    stopped = jnp.any(token[:, None] == jnp.atleast_2d(stop_ids), axis=-1) | (steps >= state.limits)
     state = state.replace(
         tokens=token,
         steps=jnp.where(state.done, state.steps, steps),
@@ -93,7 +96,7 @@ def _choose(
     return state, (token, chosen, top_tokens, top_logprobs)
 
 
-_STATIC = ("config", "vocab_size", "num_top")
+STATIC = ("config", "vocab_size", "num_top")
 
 
 def new_cache(config: ModelConfig, params: Params, prompt_lengths: jax.Array, capacity: int) -> ContiguousCache:
@@ -168,7 +171,7 @@ def _read(
     return read_in_pieces(config, params, tokens, cache, last, hidden, piece=piece, only=lengths - 1, sparse=sparse)
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "capacity", "piece"))
+@functools.partial(jax.jit, static_argnames=(*STATIC, "capacity", "piece"))
 def prefill(
     params: Params,
     tokens: jax.Array,
@@ -191,13 +194,13 @@ def prefill(
     cache, hidden = _read(config, params, tokens, lengths, capacity, piece)
     zeros = jnp.zeros_like(lengths)
     state = DecodeState(cache, zeros, zeros, limits, limits <= 0, rows)
-    state, produced = _choose(
+    state, produced = choose(
         hidden, state, stop_ids, config=config, params=params, vocab_size=vocab_size, num_top=num_top
     )
     return state, Produced(*(x[:, None] for x in produced))
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="state")
 def decode(
     params: Params,
     state: DecodeState,
@@ -230,7 +233,7 @@ def decode(
         weights = params | {"embed": embed}
         out = forward(config, weights, Inputs.inference(tokens[:, None]), cache=state.cache)
         state = state.replace(cache=out.cache.replace(lengths=out.cache.lengths + 1))
-        state, produced = _choose(
+        state, produced = choose(
             out.hidden[:, 0], state, stop_ids, config=config, params=weights, vocab_size=vocab_size, num_top=num_top
         )
         buffers = jax.tree.map(lambda buffer, new: buffer.at[:, step].set(new), buffers, Produced(*produced))

@@ -22,7 +22,7 @@ from infer.decode import MAX_STEPS
 from infer.generation_config import GenerationConfig
 from infer.prepare import prepare
 from infer.sampling import Sampling
-from infer.stream import TOP, Answer, Stream
+from infer.stream import TOP, Answer, Asked, Stream
 from qwen_jax import chat
 from qwen_jax.backend import Backend
 from qwen_jax.config import ModelConfig
@@ -170,7 +170,9 @@ class Qwen:
             0
         ].text
 
-    def generate(self, prompts: Prompts, sampling: Sampling | None = None, **kwargs: Any) -> list[Answer]:
+    def generate(
+        self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] | None = None, **kwargs: Any
+    ) -> list[Answer]:
         """Whole answers to prompts, decoded together; arguments as `stream`."""
         stream = self.stream(prompts, sampling, steps=MAX_STEPS, **kwargs)
         for _ in stream:
@@ -198,6 +200,22 @@ class Qwen:
         Raises InputError when a prompt is empty or does not fit the context, and, while iterating, when the model's
         logits are not finite.
         """
+        if not 1 <= steps <= MAX_STEPS:
+            raise InputError(f"steps={steps} is not possible; it must be between 1 and {MAX_STEPS}.")
+        options = {"max_tokens": max_tokens, "stop": stop, "stop_ids": stop_ids, "top_logprobs": top_logprobs}
+        return Stream(self, self.asked(prompts, sampling, **options), top_logprobs, steps)
+
+    def asked(
+        self,
+        prompts: Prompts,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: int | Sequence[int] = (),
+        top_logprobs: int = 0,
+    ) -> list[Asked]:
+        """What is asked for with each prompt, the checkpoint's own settings included; arguments as `stream`."""
         ids = self._prompt_ids(prompts)
         if isinstance(sampling, Sequence):
             samplings = list(sampling)
@@ -207,8 +225,6 @@ class Qwen:
             raise InputError(
                 f"{len(ids)} prompts and {len(samplings)} samplings; give at least one prompt, a sampling each."
             )
-        if not 1 <= steps <= MAX_STEPS:
-            raise InputError(f"steps={steps} is not possible; it must be between 1 and {MAX_STEPS}.")
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens} leaves nothing to generate; it must be at least 1.")
         if not 0 <= top_logprobs <= TOP:
@@ -219,11 +235,13 @@ class Qwen:
         if "" in texts:
             raise InputError("a stop text is empty; it would end every answer at once, so leave it out.")
         ends = [stop_ids] if isinstance(stop_ids, int) else list(stop_ids)
-        limits = [self._limit(prompt, max_tokens) for prompt in ids]
         defaults = self.defaults
         ends += [word[0] for word in defaults.stop_words_ids if len(word) == 1]
         texts += [*defaults.stop, *(self.tokenizer.decode(word) for word in defaults.stop_words_ids if len(word) > 1)]
-        return Stream(self, ids, samplings, limits, texts, [*self._eos_ids, *ends], top_logprobs, steps)
+        return [
+            Asked(prompt, each, self._limit(prompt, max_tokens), tuple(texts), (*self._eos_ids, *ends))
+            for prompt, each in zip(ids, samplings, strict=True)
+        ]
 
     def _prompt_ids(self, prompts: Prompts) -> list[list[int]]:
         """Each prompt's token ids. Raises InputError for what is no prompt."""

@@ -101,16 +101,24 @@ class SamplingRows(flax.struct.PyTreeNode):
 
     @classmethod
     def create(
-        cls, samplings: list[Sampling], prompts: list[list[int]], vocab_size: int, *, report: bool = False
+        cls,
+        samplings: list[Sampling],
+        prompts: list[list[int]],
+        vocab_size: int,
+        *,
+        report: bool = False,
+        answers: list[list[int]] | None = None,
     ) -> SamplingRows:
-        """Rows for prompts of token ids; `vocab_size` is the number of logits V."""
+        """Rows for prompts of token ids, and what has been answered; `vocab_size` is the number of logits V."""
+        answers = answers or [[] for _ in prompts]
         shape = (len(prompts), vocab_size)
         columns: dict[str, np.ndarray] = {
             name: np.zeros(shape, bool) for name in ("in_prompt", "in_answer", "banned", "banned_first")
         }
-        for row, (prompt, s) in enumerate(zip(prompts, samplings, strict=True)):
+        for row, (prompt, answer, s) in enumerate(zip(prompts, answers, samplings, strict=True)):
             columns["in_prompt"][row, prompt] = True
-            columns["banned"][row] = banned_next(s, prompt, vocab_size)
+            columns["in_answer"][row, answer] = True
+            columns["banned"][row] = banned_next(s, prompt + answer, vocab_size)
             columns["banned_first"][row, [id for id in s.begin_suppress_tokens if 0 <= id < vocab_size]] = True
         dtypes = {"top_k": np.int32, "seed": np.uint32}
         for name in (*_FLOATS, *dtypes):
@@ -183,9 +191,13 @@ def truncate(logits: jax.Array, rows: SamplingRows) -> jax.Array:
 
 
 def ban(logits: jax.Array, rows: SamplingRows, steps: jax.Array, stop_ids: jax.Array) -> jax.Array:
-    """Logits [B, V] without the tokens that may not come at a row's step [B]; `stop_ids` beyond V are none."""
-    ends = jnp.zeros(logits.shape[-1], bool).at[stop_ids].set(True, mode="drop")
-    too_early = (steps < rows.min_tokens)[:, None] & ends[None]
+    """Logits [B, V] without the tokens that may not come at a row's step [B]; `stop_ids` beyond V are none.
+
+    stop_ids: of all rows [n], or of each [B, n].
+    """
+    nothing = jnp.zeros(logits.shape[-1], bool)
+    ends = jax.vmap(lambda ids: nothing.at[ids].set(True, mode="drop"))(jnp.atleast_2d(stop_ids))
+    too_early = (steps < rows.min_tokens)[:, None] & ends
     return jnp.where(rows.banned | (rows.banned_first & (steps == 0)[:, None]) | too_early, -jnp.inf, logits)
 
 

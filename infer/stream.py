@@ -24,6 +24,18 @@ TOP = 20
 NO_ID = np.iinfo(np.int32).max
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A prompt's ids, and what its answer may be."""
+
+    prompt: list[int]
+    sampling: Sampling
+    limit: int
+    """Tokens of the answer."""
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+
+
 @dataclasses.dataclass
 class Answer:
     """One prompt's answer, growing while it is generated. `tokens` may end with a stop id, `text` does not."""
@@ -59,25 +71,19 @@ class Timing:
 class Stream(Iterator[tuple[int, str]]):
     """A running generation, to be iterated once: (row, new text). `answers` and `timing` fill meanwhile."""
 
-    def __init__(
-        self,
-        qwen: Qwen,
-        prompts: list[list[int]],
-        samplings: list[Sampling],
-        limits: list[int],
-        stop: list[str],
-        stop_ids: list[int],
-        num_top: int,
-        steps: int,
-    ) -> None:
-        self.answers = [Answer(len(prompt)) for prompt in prompts]
-        self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
-        self._qwen, self._prompts, self._samplings, self._limits = qwen, prompts, samplings, limits
+    def __init__(self, qwen: Qwen, asked: list[Asked], num_top: int, steps: int) -> None:
+        self._qwen = qwen
+        self._prompts, self._samplings, self._limits = zip(
+            *((x.prompt, x.sampling, x.limit) for x in asked), strict=True
+        )
+        self.answers = [Answer(len(prompt)) for prompt in self._prompts]
+        self.timing = Timing(prompt_tokens=sum(map(len, self._prompts)))
         self._num_top = num_top
-        self._by_step = any(sampling.needs_history for sampling in samplings)
+        self._by_step = any(sampling.needs_history for sampling in self._samplings)
         self._steps = 1 if self._by_step else steps
-        self._texts = [AnswerText(qwen.tokenizer, stop, frozenset(stop_ids), limit) for limit in limits]
+        self._texts = [AnswerText(qwen.tokenizer, x.stop, frozenset(x.stop_ids), x.limit) for x in asked]
         # padded with what is no id, so that their number compiles no other program
+        stop_ids = asked[0].stop_ids
         padding = bucket(len(stop_ids), 16) - len(stop_ids)
         self._stop_ids = np.array([*stop_ids, *[NO_ID] * padding], np.int32)
         self._static = {"config": qwen.config, "vocab_size": len(qwen.tokenizer), "num_top": TOP}
@@ -117,17 +123,17 @@ class Stream(Iterator[tuple[int, str]]):
         longest = max(map(len, self._prompts))
         length = min(half_bucket(longest, 32), config.context_length)
         needed = max(len(p) + limit for p, limit in zip(self._prompts, self._limits, strict=True))
-        tokens, lengths = pad_prompts(self._prompts, rows, length)
+        tokens, lengths = pad_prompts(list(self._prompts), rows, length)
         filler = rows - len(self._prompts)
         with self._qwen.entered():
             return prefill(
                 self._qwen.params,
                 tokens,
                 lengths,
-                np.array(self._limits + [0] * filler, np.int32),
+                np.array([*self._limits, *[0] * filler], np.int32),
                 SamplingRows.create(
-                    self._samplings + [Sampling()] * filler,
-                    self._prompts + [[0]] * filler,
+                    [*self._samplings, *[Sampling()] * filler],
+                    [*self._prompts, *[[0]] * filler],
                     config.vocab_size,
                     report=self._num_top > 0,
                 ),
@@ -154,11 +160,7 @@ class Stream(Iterator[tuple[int, str]]):
             for i in range(count):
                 if answer.finish_reason:
                     break
-                if not math.isfinite(logprobs[row][i]):
-                    raise InputError(
-                        f"the model's logits are not finite at token {len(answer.tokens) + 1} of an answer; its "
-                        "activations do not fit float16 (use bfloat16 or float32), or its weights are damaged."
-                    )
+                require_finite(logprobs[row][i], len(answer.tokens))
                 answer.tokens.append(tokens[row][i])
                 answer.logprobs.append(logprobs[row][i])
                 self.timing.answer_tokens += 1
@@ -169,3 +171,12 @@ class Stream(Iterator[tuple[int, str]]):
                 if piece:
                     answer.text += piece
                     yield row, piece
+
+
+def require_finite(logprob: float, count: int) -> None:
+    """Raises InputError for the log-probability of an answer's token after `count` others that is no number."""
+    if not math.isfinite(logprob):
+        raise InputError(
+            f"the model's logits are not finite at token {count + 1} of an answer; its activations do not fit float16 "
+            "(use bfloat16 or float32), or its weights are damaged."
+        )

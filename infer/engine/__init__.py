@@ -1,0 +1,6 @@
+"""Continuous batching: requests join and leave a running batch whose keys and values lie in shared pages."""
+
+from infer.engine.engine import Engine, Request
+from infer.engine.pages import PagePool
+
+__all__ = ["Engine", "PagePool", "Request"]
