@@ -54,8 +54,9 @@ def make_run(folder: Path) -> Path:
     return folder / "experiment.py"
 
 
-def command(experiment: Path, *arguments: str) -> list[str]:
-    program = "import sys; from qwen_jax.cli import main; main(sys.argv[1:])"
+def command(experiment: Path, *arguments: str, first: str = "") -> list[str]:
+    """`first`: Python to run before, as a fault of its environment."""
+    program = f"{first}\nimport sys; from qwen_jax.cli import main; main(sys.argv[1:])"
     return [sys.executable, "-c", program, "train", str(experiment), *arguments]
 
 
@@ -70,9 +71,12 @@ def environment(experiment: Path, devices: int = 1) -> dict[str, str]:
     }
 
 
-def start(experiment: Path, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+def start(experiment: Path, *arguments: str, first: str = "", devices: int = 1) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(experiment, *arguments), env=environment(experiment, devices), stderr=subprocess.PIPE, text=True
+        command(experiment, *arguments, first=first),
+        env=environment(experiment, devices),
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

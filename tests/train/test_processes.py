@@ -34,8 +34,11 @@ def uninterrupted(experiment) -> Path:
     return folder
 
 
-def begin(experiment: Path, folder: Path, *arguments: str, count: int = 2, devices: int = 1, only: dict | None = None):
-    """Starts the processes of a run; `only` gives some of them more arguments."""
+def begin(
+    experiment: Path, folder: Path, *arguments: str, count: int = 2, devices: int = 1, only: dict | None = None,
+    fault: str = "",
+):  # fmt: skip
+    """Starts the processes of a run; `only` gives some of them more arguments, `fault` is what befalls process 1."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -44,7 +47,7 @@ def begin(experiment: Path, folder: Path, *arguments: str, count: int = 2, devic
         common += ["--processes.coordinator", f"localhost:{port}", "--processes.count", str(count)]
     return [
         start(experiment, *common, *([f"--processes.index={i}"] if count > 1 else []), *(only or {}).get(i, []),
-              devices=devices)
+              devices=devices, first=fault if i == 1 else "")
         for i in range(count)
     ]  # fmt: skip
 
@@ -156,3 +159,29 @@ def test_a_fault_in_one_process_ends_both_with_its_sentence(experiment):
     assert "process 1: " in last_line(texts[0]) and "201.txt is not UTF-8" in last_line(texts[0])
     done = max(losses(out))
     assert done > 10 and os.listdir(out / "checkpoints").count(str(done)) == 1
+
+
+RESTORE = """
+import errno
+import orbax.checkpoint as ocp
+
+real, calls = ocp.CheckpointManager.restore, []
+
+def restore(self, *args, **kwargs):
+    calls.append(1)
+    if len(calls) % 2 == 0:  # the state, after the place in the data
+        raise OSError(errno.EIO, "Input/output error")
+    return real(self, *args, **kwargs)
+
+ocp.CheckpointManager.restore = restore
+"""
+
+
+def test_a_disk_that_fails_one_process_at_the_start_ends_both_and_costs_nothing(experiment, uninterrupted):
+    folder = copy(uninterrupted, "unread", without=("12",))
+    statuses, texts = together(experiment, folder, fault=RESTORE)
+    assert statuses == [75, 75], texts
+    assert all("checkpoint 9" in last_line(text) and "it was left as it is" in last_line(text) for text in texts)
+    statuses, texts = together(experiment, folder)
+    assert statuses == [0, 0], texts
+    assert_same_run(folder, uninterrupted)
