@@ -25,7 +25,9 @@ class ModelArguments:
     model: str = "default"
     """`default` (Qwen2.5-Coder-0.5B-Instruct), a local folder, a .gguf file, or a Hugging Face id."""
     dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
-    """Of weights and activations; int8, on CPUs: few-bit weights as stored, activations rounded in products."""
+    """Of weights and activations; int8 rounds activations in products, on CPUs and TPUs (docs/quantisation.md)."""
+    cache_dtype: Literal["int8"] | None = None
+    """Of keys and values that are kept; by default that of the activations."""
     mesh: str | None = None
     """Split the model over all devices, for example `tensor=4`; default the first device alone."""
     dequantise: bool | None = None
@@ -48,7 +50,7 @@ class ModelArguments:
         if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
             raise InputError(f"two adapters are called {twice[0]}; name them apart, as NAME=FOLDER.")
         alone = named[0][1] if len(named) == 1 else None
-        options = {"dequantise": self.dequantise, "adapter": alone}
+        options = {"cache_dtype": self.cache_dtype, "dequantise": self.dequantise, "adapter": alone}
         qwen = load(self.model, dtype=self.dtype, mesh=self.mesh, progress=sys.stderr.isatty(), **options)
         if len(named) < 2:
             return [(named[0][0] if named else "", qwen)]

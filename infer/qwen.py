@@ -291,6 +291,7 @@ def load(
     model: str | Path = "default",
     *,
     dtype: str = "bfloat16",
+    cache_dtype: str | None = None,
     mesh: MeshConfig | str | None = None,
     dequantise: bool | None = None,
     adapter: str | Path | None = None,
@@ -298,9 +299,10 @@ def load(
 ) -> Qwen:
     """Loads "default", a local folder, a .gguf file or a Hugging Face id; caches compiled programs.
 
-    dtype: of weights and activations; or "int8", for CPUs: weights keep the few bits of their file (dense ones become
-    Q8_0) and products round activations to int8, 32 at a time, as llama.cpp does. Where that cannot be, it is bfloat16,
-    and a warning says why.
+    dtype: of weights and activations; or "int8", in which products round activations to int8. On CPUs 32 at a time, as
+    llama.cpp does: weights keep the few bits of their file, and dense ones become Q8_0. On TPUs a token at a time: int8
+    weights stay so (W8A8), and dense projections become it. Elsewhere it is bfloat16, and a warning says so.
+    cache_dtype: of keys and values that are kept: "int8", with a scale for each; default that of the activations.
     dequantise: widen quantised weights to `dtype` as they are read, which takes more memory; default for GGUF alone.
     adapter: a PEFT folder, added to the weights as they are; see also `Qwen.with_adapter`.
     mesh: how to split the model over all devices, such as "tensor=4", each shard read straight to its device; default
@@ -308,6 +310,8 @@ def load(
     """
     if dtype not in ("bfloat16", "float16", "float32", "int8"):
         raise InputError(f"dtype {dtype!r} is not possible; use bfloat16, float16, float32 or int8.")
+    if cache_dtype not in (None, "int8"):
+        raise InputError(f"cache_dtype {cache_dtype!r} is not possible; use int8, or leave it out.")
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
     checkpoint = open_checkpoint(model)
@@ -320,19 +324,23 @@ def load(
         shardings = param_shardings(config, on_mesh)
     backend = None
     if dtype == "int8":
-        if reason := _why_no_int8(on_mesh):
+        if Backend.of(on_mesh).kernels == "tpu":
+            dtype, backend = "bfloat16", dataclasses.replace(Backend.of(on_mesh), integer_products=True)
+        elif reason := _why_no_int8(on_mesh):
             dtype = "bfloat16"
             log.warning("int8 is not possible, because %s; computing in bfloat16, slower and with more memory.", reason)
         else:
             backend = dataclasses.replace(Backend.of(None), native=True)
     is_gguf = isinstance(checkpoint, GgufCheckpoint)
     if dequantise is None:  # for GGUF's blocks there is no other fast product
-        dequantise = is_gguf and backend is None
+        dequantise = is_gguf and dtype != "int8"
     # with native kernels dense weights are rounded from what is stored, and GGUF's norms are float32
-    stored = jnp.dtype(dtype) if backend is None else jnp.dtype(jnp.float32) if is_gguf else None
+    stored = jnp.dtype(dtype) if dtype != "int8" else jnp.dtype(jnp.float32) if is_gguf else None
     params = load_params(checkpoint, stored, shardings, dequantise=dequantise, progress=progress)
     if low_rank is not None:
         params = apply_adapter(params, low_rank)
+    if cache_dtype is not None:
+        backend = dataclasses.replace(backend or Backend.of(on_mesh), cache_dtype=jnp.dtype(cache_dtype))
     return Qwen(config, params, tokenizer, generation_config, on_mesh, backend=backend, donate=True)
 
 

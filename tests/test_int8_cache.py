@@ -2,15 +2,19 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from infer.decode import new_cache
+from infer.qwen import load
 from qwen_jax.backend import Backend, current_backend
 from qwen_jax.cache import ContiguousCache, empty_cache
 from qwen_jax.config import DualChunk
+from qwen_jax.errors import InputError
 from qwen_jax.kernels.choice import SCALED_ROWS, choose
 from qwen_jax.kernels.scaled import Scaled
 from qwen_jax.kernels.spec import AttentionSpec
@@ -145,3 +149,13 @@ def test_any_mesh_gives_the_same(mesh: str, stacked: bool) -> None:
         with jax.set_mesh(make_mesh(MeshConfig.parse(mesh), jax.devices()[:4], model=CONFIG)):
             found = read(stacked)
     assert apart(found, expected(int8=True)) < 2e-3
+
+
+def test_a_model_is_asked_for_one(tmp_path: Path) -> None:
+    folder = tiny.save_folder(tmp_path / "model", CONFIG, init(CONFIG, jax.random.key(0)))
+    qwen = load(folder, dtype="float32", cache_dtype="int8", progress=False)
+    with qwen.entered():
+        cache = new_cache(CONFIG, qwen.params, jnp.asarray(LENGTHS), 256)
+    assert isinstance(cache.k[0], Scaled) and cache.k[0].shape == (2, 2, 256, 64)
+    with pytest.raises(InputError, match="cache_dtype 'int4' is not possible"):
+        load(folder, cache_dtype="int4", progress=False)
