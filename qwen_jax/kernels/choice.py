@@ -90,7 +90,8 @@ def _tpu_decode(q: jax.Array, k: Held, v: Held, spec: AttentionSpec, backend: Ba
     from qwen_jax.kernels.decode import decode_attention
 
     (keys, k_scale), (values, v_scale) = parts(k), parts(v)
-    options = _options(spec, backend) | {"k_scale": k_scale, "v_scale": v_scale, "splits": backend.cores}
+    scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale, "splits": backend.cores}
+    options = _options(spec, backend) | scales
     out = decode_attention(q[..., 0, :, :], keys, values, _ends(q, spec), **options)
     return out[:, None], None
 
@@ -115,7 +116,8 @@ def _gpu_decode(q: jax.Array, k: Held, v: Held, spec: AttentionSpec, backend: Ba
     from qwen_jax.kernels.decode_gpu import decode_attention
 
     (keys, k_scale), (values, v_scale) = parts(k), parts(v)
-    options = _options(spec, backend) | {"k_scale": k_scale, "v_scale": v_scale}
+    scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
+    options = _options(spec, backend) | scales
     out, lse = decode_attention(q[..., 0, :, :], keys, values, _ends(q, spec), **options)
     return out[:, None], lse[:, :, None]
 
