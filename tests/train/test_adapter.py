@@ -1,6 +1,7 @@
 """Adapters beside PEFT in PyTorch: the same logits, losses and folders, over dense and quantised weights."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,13 @@ def in_torch(params: Params, config: Any, folder: Path, **settings: Any) -> Any:
     return model
 
 
-def logits(params: Params, config: Any, tokens: np.ndarray) -> np.ndarray:
-    @jax.jit
-    def run(params: Params, tokens: jax.Array) -> jax.Array:
-        return unembed(config, params, forward(config, params, Inputs.training(tokens)).hidden)
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(config: Any, params: Params, tokens: jax.Array) -> jax.Array:
+    return unembed(config, params, forward(config, params, Inputs.training(tokens)).hidden)
 
-    return np.asarray(run(params, jnp.asarray(tokens, jnp.int32)))
+
+def logits(params: Params, config: Any, tokens: np.ndarray) -> np.ndarray:
+    return np.asarray(logits_of(config, params, jnp.asarray(tokens, jnp.int32)))
 
 
 def theirs(model: Any, tokens: np.ndarray) -> np.ndarray:

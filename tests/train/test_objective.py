@@ -82,20 +82,20 @@ def by_hand(params, batch: PulledBatch, objective: Pulled):
     return jnp.sum(each) / jnp.sum(batch.loss_mask)
 
 
-def test_its_loss_and_gradients_are_those_of_the_formula():
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_its_loss_and_gradients_are_those_of_the_formula(accumulate):
     objective, batch = Pulled(), pulled_batch()
     expected, gradients = jax.jit(jax.value_and_grad(lambda *given: by_hand(*given, objective)))(roles(), batch)
-    for accumulate in (1, 2):
-        trainable, frozen = split(objective, OPTIMIZER, roles())
-        assert not jax.tree.leaves(trainable["reference"]) and not jax.tree.leaves(frozen["policy"])
-        frozen["reference"] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen["reference"])
-        step = make_train_step(CONFIG, objective, OPTIMIZER, dataclasses.replace(STEP, accumulate=accumulate), 10)
-        state, metrics = jax.jit(step)(new_state(trainable, OPTIMIZER), frozen, batch)
-        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-        for ours, theirs in zip(
-            jax.tree.leaves(state.opt_state[1].mu["policy"]), jax.tree.leaves(gradients["policy"]), strict=True
-        ):
-            np.testing.assert_allclose(ours / 0.1, theirs, atol=1e-5 * max(1e-2, float(jnp.max(jnp.abs(theirs)))))
+    trainable, frozen = split(objective, OPTIMIZER, roles())
+    assert not jax.tree.leaves(trainable["reference"]) and not jax.tree.leaves(frozen["policy"])
+    frozen["reference"] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen["reference"])
+    step = make_train_step(CONFIG, objective, OPTIMIZER, dataclasses.replace(STEP, accumulate=accumulate), 10)
+    state, metrics = jax.jit(step)(new_state(trainable, OPTIMIZER), frozen, batch)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    for ours, theirs in zip(
+        jax.tree.leaves(state.opt_state[1].mu["policy"]), jax.tree.leaves(gradients["policy"]), strict=True
+    ):
+        np.testing.assert_allclose(ours / 0.1, theirs, atol=1e-5 * max(1e-2, float(jnp.max(jnp.abs(theirs)))))
 
 
 class FromThePolicy:
