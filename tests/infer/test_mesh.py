@@ -21,7 +21,7 @@ PROMPTS = ["the rain in " * 20, "when the "]
     [
         (CONFIG, "fsdp=2,tensor=4"),
         pytest.param(CONFIG, "data=2,context=4", marks=pytest.mark.slow),
-        (dataclasses.replace(MOE, num_layers=1), "expert=4,tensor=2"),
+        pytest.param(MOE, "expert=4,tensor=2", marks=pytest.mark.slow),
     ],
     ids=str,
 )

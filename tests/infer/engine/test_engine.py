@@ -77,6 +77,7 @@ def test_a_prompt_that_begins_like_another_is_read_from_where_they_differ(qwen: 
     assert [request.answer.tokens for request in requests] == [wanted[i].tokens for i in (0, 1, 0)]
 
 
+@pytest.mark.slow
 def test_what_depends_on_the_prompts_length_is_not_shared() -> None:
     """Qwen1 turns keys by the length of the whole prompt."""
     qwen = model(tiny.QWEN1_CONFIG)

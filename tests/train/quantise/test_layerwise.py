@@ -86,7 +86,8 @@ def test_what_matrices_meet_is_what_pytorch_hooks_see(tmp_path: Path) -> None:
         np.testing.assert_allclose(magnitude, rows.abs().sum(0).numpy(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=2", pytest.param("fsdp=2,expert=2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=2", "fsdp=2,expert=2"])
 def test_a_mesh_sees_the_same(mesh: str) -> None:
     config = MOE if "expert" in mesh else WIDE
     params = init(config, jax.random.key(0))
