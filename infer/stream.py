@@ -48,6 +48,25 @@ class Answer:
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
+    def add(self, id: int, logprob: float, top: list[tuple[int, float]], text: AnswerText) -> str:
+        """Takes the next token in, and returns the text that `text` settles with it; `top`: what is reported of it.
+
+        Raises InputError where the log-probability is no number.
+        """
+        if not math.isfinite(logprob):
+            raise InputError(
+                f"the model's logits are not finite at token {len(self.tokens) + 1} of an answer; its activations do "
+                "not fit float16 (use bfloat16 or float32), or its weights are damaged."
+            )
+        self.tokens.append(id)
+        self.logprobs.append(logprob)
+        if top:
+            self.top_logprobs.append(top)
+        piece = text.add(id)
+        self.text += piece
+        self.finish_reason = text.finish_reason
+        return piece
+
 
 @dataclasses.dataclass
 class Timing:
@@ -160,23 +179,8 @@ class Stream(Iterator[tuple[int, str]]):
             for i in range(count):
                 if answer.finish_reason:
                     break
-                require_finite(logprobs[row][i], len(answer.tokens))
-                answer.tokens.append(tokens[row][i])
-                answer.logprobs.append(logprobs[row][i])
+                top = list(zip(top_tokens[row][i], top_logprobs[row][i], strict=True))
+                piece = answer.add(tokens[row][i], logprobs[row][i], top, text)
                 self.timing.answer_tokens += 1
-                if self._num_top:
-                    answer.top_logprobs.append(list(zip(top_tokens[row][i], top_logprobs[row][i], strict=True)))
-                piece = text.add(tokens[row][i])
-                answer.finish_reason = text.finish_reason
                 if piece:
-                    answer.text += piece
                     yield row, piece
-
-
-def require_finite(logprob: float, count: int) -> None:
-    """Raises InputError for the log-probability of an answer's token after `count` others that is no number."""
-    if not math.isfinite(logprob):
-        raise InputError(
-            f"the model's logits are not finite at token {count + 1} of an answer; its activations do not fit float16 "
-            "(use bfloat16 or float32), or its weights are damaged."
-        )

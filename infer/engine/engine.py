@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from infer.decode import DecodeState, Produced, bucket, decode
+from infer.decode import MAX_STEPS, DecodeState, Produced, bucket, decode
 from infer.engine.pages import PagePool, page_keys
 from infer.engine.programs import read
 from infer.sampling import Sampling, SamplingRows
 from infer.stops import AnswerText
-from infer.stream import NO_ID, TOP, Answer, Asked, require_finite
+from infer.stream import NO_ID, TOP, Answer, Asked
 from qwen_jax.config import DynamicNtkScaling
 from qwen_jax.errors import InputError
 from qwen_jax.paged_cache import PagedCache, paged_cache
@@ -83,15 +83,18 @@ class Engine:
         piece: tokens of a prompt that are read in one step, whole pages. cache_dtype: default that of activations, or
         what the backend keeps; int8 with scales. Raises InputError for sizes that do not fit each other.
         """
-        if min(rows, page, piece, steps) < 1 or piece % page:
-            raise InputError(f"piece={piece} must be a multiple of page={page}, and rows and steps at least 1.")
+        if min(rows, page, piece) < 1 or piece % page:
+            raise InputError(f"piece={piece} must be a multiple of page={page}, and rows at least 1.")
+        if not 1 <= steps <= MAX_STEPS:
+            raise InputError(f"steps={steps} is not possible; it must be between 1 and {MAX_STEPS}.")
+        if num_pages is not None and num_pages < 2:
+            raise InputError(f"num_pages={num_pages} leaves no page for a request; give at least 2.")
         if qwen.mesh is not None:
             raise InputError("an engine's pages lie on one device; load the model without a mesh.")
         self._qwen, self._config = qwen, qwen.config
         self._rows, self._page, self._piece, self._steps = rows, page, piece, steps
-        self._most_pages = -(-qwen.config.context_length // page)
         if num_pages is None:
-            num_pages = 1 + rows * min(self._most_pages, -(-4096 // page))
+            num_pages = 1 + rows * -(-min(qwen.config.context_length, 4096) // page)
         self.pool = PagePool(num_pages)
         dtype = cache_dtype or qwen.backend.cache_dtype or qwen.params["embed"]["embedding"].dtype
         nothing = jnp.zeros((1, 1), jnp.int32)
@@ -269,17 +272,10 @@ class Engine:
             for i in range(count):
                 if request.is_over:
                     break
-                require_finite(logprobs[row][i], len(answer.tokens))
-                answer.tokens.append(tokens[row][i])
-                answer.logprobs.append(logprobs[row][i])
-                if request.num_top:
-                    top = zip(top_tokens[row][i], top_logprobs[row][i], strict=True)
-                    answer.top_logprobs.append(list(top)[: request.num_top])
-                shown += request.text.add(answer.tokens[-1])
-                answer.finish_reason = request.text.finish_reason
+                top = list(zip(top_tokens[row][i], top_logprobs[row][i], strict=True))[: request.num_top]
+                shown += answer.add(tokens[row][i], logprobs[row][i], top, request.text)
                 # a token enters the cache when the next one is chosen
                 request.held += 0 if first and i == 0 else 1
-            answer.text += shown
             if shown:
                 pieces.append((request, shown))
         return pieces

@@ -161,6 +161,10 @@ def test_int8_pages_are_near(qwen: Qwen) -> None:
 def test_what_cannot_be(qwen: Qwen) -> None:
     with pytest.raises(InputError, match="piece=40 must be a multiple of page=16"):
         Engine(qwen, page=16, piece=40)
+    with pytest.raises(InputError, match="steps=33 is not possible; it must be between 1 and 32"):
+        Engine(qwen, steps=33)  # more than the decode program has room for
+    with pytest.raises(InputError, match="num_pages=1 leaves no page"):
+        Engine(qwen, num_pages=1)
     engine = Engine(qwen, num_pages=3, **SMALL)
     with pytest.raises(InputError, match="need more than the engine's 2 pages of 16"):
         engine.add("there", max_tokens=100)
