@@ -43,7 +43,7 @@ test-newest:  ## run the tests with the newest releases that setup.cfg admits, i
 
 lock: $(VENV)/uv  ## renew constraints.txt, for every Python that setup.cfg admits, and run the tests with it
 	echo setuptools | $</bin/uv pip compile --quiet --python $(BIN)/python --upgrade --universal --python-version 3.11 \
-		--no-annotate --custom-compile-command "make lock" --extra train --extra dev --extra torch -o constraints.txt setup.cfg -
+		--no-annotate --custom-compile-command "make lock" --extra train --extra dev --extra torch --extra serve -o constraints.txt setup.cfg -
 	$(MAKE) test
 
 lint: $(VENV)/.dev  ## format, style, types and import rules
@@ -86,7 +86,7 @@ $(VENV)/.train: setup.cfg constraints.txt | $(BIN)/python
 	$(install)
 	@touch $@ $(VENV)/.base
 
-$(VENV)/.dev: EXTRAS = [dev,torch,train]
+$(VENV)/.dev: EXTRAS = [dev,torch,train,serve]
 $(VENV)/.dev: setup.cfg constraints.txt | $(BIN)/python
 	$(install)
 	@touch $@ $(VENV)/.base $(VENV)/.train

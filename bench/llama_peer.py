@@ -34,7 +34,7 @@ def main() -> None:
         if llama.llama_decode(context, llama.llama_batch_get_one(array, len(tokens))):
             raise RuntimeError("llama_decode failed")
         logits = llama.llama_get_logits_ith(context, -1)
-        values = memoryview((ctypes.c_float * vocabulary).from_address(ctypes.addressof(logits.contents)))
+        values = (ctypes.c_float * vocabulary).from_address(ctypes.addressof(logits.contents))
         return max(range(0, vocabulary, 1024), key=values.__getitem__)  # any token costs as much to follow
 
     rates = {f"prefill {len(prompt)}": 0.0, "decode batch 1": 0.0}
