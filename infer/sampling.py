@@ -15,10 +15,12 @@ from qwen_jax.errors import InputError
 
 # Enough sorted logits for nearly every nucleus; a row that needs more falls back to sorting the whole vocabulary.
 CANDIDATES = 1024
+# Entries of a row's logit bias; OpenAI's clients send a few, and one shape serves all.
+MAX_BIASES = 320
 NEGATIVE = jnp.finfo(jnp.float32).min
 # Below it logits divided by the temperature could overflow; nothing but the likeliest token has a chance by then.
 COLDEST = 1e-6
-_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Sampling:
     """Divides positive and multiplies negative logits of every token in the prompt or the answer (arXiv 1909.05858)."""
     presence_penalty: float = 0.0
     """Subtracted from the logit of every token already in the answer (the OpenAI definition)."""
+    frequency_penalty: float = 0.0
+    """The same, times how often the answer has it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these ids."""
     seed: int = 0
     min_tokens: int = 0
     """Tokens an answer has before a stop id may end it."""
@@ -40,6 +46,8 @@ class Sampling:
     """The same for prompt and answer together."""
     suppress_tokens: tuple[int, ...] = ()
     """Ids that are never chosen."""
+    allowed_tokens: tuple[int, ...] = ()
+    """Where not empty, the only ids that are chosen."""
     begin_suppress_tokens: tuple[int, ...] = ()
     """Ids that are not chosen first."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
@@ -55,6 +63,7 @@ class Sampling:
             "min_p": (0, 1, "in [0, 1]"),
             "repetition_penalty": (1e-30, 1e30, "positive and finite"),
             "presence_penalty": (-2, 2, "in [-2, 2]"),
+            "frequency_penalty": (-2, 2, "in [-2, 2]"),
             "seed": (0, 2**32 - 1, "in [0, 2^32)"),
         }
         ranges |= {
@@ -64,6 +73,14 @@ class Sampling:
         for name, (least, most, expected) in ranges.items():
             if not least <= getattr(self, name) <= most:
                 raise InputError(f"{name}={getattr(self, name)} is not possible; it must be {expected}.")
+        if len(self.logit_bias) > MAX_BIASES or not all(-100 <= bias <= 100 for _, bias in self.logit_bias):
+            raise InputError(f"logit_bias is not possible; give at most {MAX_BIASES} ids, with values in [-100, 100].")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token of the model's own distribution is taken."""
+        plain = Sampling(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self.seed)
+        return dataclasses.replace(self, temperature=0.0 if self.temperature < COLDEST else 1.0, min_length=0) == plain
 
     @property
     def needs_history(self) -> bool:
@@ -90,14 +107,17 @@ class SamplingRows(flax.struct.PyTreeNode):
     min_p: jax.Array
     repetition_penalty: jax.Array
     presence_penalty: jax.Array
+    frequency_penalty: jax.Array
     seed: jax.Array  # [B] uint32
     min_tokens: jax.Array  # [B] int32
     plain: jax.Array  # [B] bool, the likeliest token of the model's own distribution is taken
     report: jax.Array  # [B] bool, the likeliest tokens are reported
     in_prompt: jax.Array  # [B, V] bool
-    in_answer: jax.Array  # [B, V] bool
-    banned: jax.Array  # [B, V] bool
-    banned_first: jax.Array  # [B, V] bool
+    counts: jax.Array  # [B, V] int32, how often the answer has a token
+    allowed: jax.Array  # [B, ceil(V / 32)] uint32, bit i of word w: whether token 32 w + i may come next
+    allowed_first: jax.Array  # the same for the first token of the answer
+    bias_ids: jax.Array  # [B, MAX_BIASES] int32, V where there is none
+    biases: jax.Array  # [B, MAX_BIASES] float32
 
     @classmethod
     def create(
@@ -108,51 +128,72 @@ class SamplingRows(flax.struct.PyTreeNode):
         *,
         report: bool = False,
         answers: list[list[int]] | None = None,
+        masks: Sequence[np.ndarray | None] = (),
     ) -> SamplingRows:
-        """Rows for prompts of token ids, and what has been answered; `vocab_size` is the number of logits V."""
+        """Rows for prompts of token ids, and what has been answered; `vocab_size` is the number of logits V.
+
+        masks: of each row, what may come next besides, as bits of uint32 words, of which missing ones are 0.
+        """
         answers = answers or [[] for _ in prompts]
         shape = (len(prompts), vocab_size)
         columns: dict[str, np.ndarray] = {
-            name: np.zeros(shape, bool) for name in ("in_prompt", "in_answer", "banned", "banned_first")
+            "in_prompt": np.zeros(shape, bool),
+            "counts": np.zeros(shape, np.int32),
+            "bias_ids": np.full((len(prompts), MAX_BIASES), vocab_size, np.int32),
+            "biases": np.zeros((len(prompts), MAX_BIASES), np.float32),
         }
         for row, (prompt, answer, s) in enumerate(zip(prompts, answers, samplings, strict=True)):
             columns["in_prompt"][row, prompt] = True
-            columns["in_answer"][row, answer] = True
-            columns["banned"][row] = banned_next(s, prompt + answer, vocab_size)
-            columns["banned_first"][row, [id for id in s.begin_suppress_tokens if 0 <= id < vocab_size]] = True
+            np.add.at(columns["counts"][row], answer, 1)
+            for i, (id, bias) in enumerate(s.logit_bias):
+                columns["bias_ids"][row, i], columns["biases"][row, i] = id, bias
+        allowed = [allowed_next(s, p + a, vocab_size) for s, p, a in zip(samplings, prompts, answers, strict=True)]
+        first = [_packed(set(s.begin_suppress_tokens), vocab_size) for s in samplings]
+        columns |= {"allowed": np.stack(allowed), "allowed_first": np.stack(first)}
+        masked = np.zeros(len(prompts), bool)
+        for row, mask in enumerate(masks):
+            if mask is not None:
+                columns["allowed"][row, : len(mask)] &= mask
+                columns["allowed"][row, len(mask) :] = 0
+                masked[row] = True
         dtypes = {"top_k": np.int32, "seed": np.uint32}
         for name in (*_FLOATS, *dtypes):
             columns[name] = np.array([getattr(s, name) for s in samplings], dtypes.get(name, np.float32))
         columns["temperature"][columns["temperature"] < COLDEST] = 0
         least = [max(s.min_tokens, s.min_length - len(p)) for s, p in zip(samplings, prompts, strict=True)]
         columns["min_tokens"] = np.maximum(np.array(least, np.int64), 0).astype(np.int32)
-        columns["plain"] = np.logical_not((columns["banned"] | columns["banned_first"]).any(axis=1, keepdims=True))[
-            :, 0
-        ]
-        for name, off in (("temperature", 0), ("repetition_penalty", 1), ("presence_penalty", 0), ("min_tokens", 0)):
-            columns["plain"] &= columns[name] == off
-        columns["plain"] &= ~np.array([s.needs_history for s in samplings])
+        columns["plain"] = np.array([s.is_plain for s in samplings]) & (columns["min_tokens"] == 0) & ~masked
         columns["report"] = np.full(len(prompts), report)
         return cls(**jax.tree.map(jnp.asarray, columns))
 
     def record(self, tokens: jax.Array) -> SamplingRows:
         """The rows after `tokens` [B] have joined the answers."""
-        return self.replace(in_answer=self.in_answer.at[jnp.arange(tokens.shape[0]), tokens].set(True))
+        return self.replace(counts=self.counts.at[jnp.arange(tokens.shape[0]), tokens].add(1))
 
 
-def banned_next(sampling: Sampling, tokens: list[int], vocab_size: int) -> np.ndarray:
-    """Which of the V tokens may not follow `tokens`, as bool [V]."""
-    banned = np.zeros(vocab_size, bool)
-    banned[[id for id in {*sampling.suppress_tokens, *sampling.banned_after(tokens)} if 0 <= id < vocab_size]] = True
-    return banned
+def allowed_next(sampling: Sampling, tokens: list[int], vocab_size: int) -> np.ndarray:
+    """Which of the V tokens may follow `tokens`, as bits of uint32 [ceil(V / 32)]."""
+    banned = {*sampling.suppress_tokens, *sampling.banned_after(tokens)}
+    if sampling.allowed_tokens:
+        banned |= set(range(vocab_size)).difference(sampling.allowed_tokens)
+    return _packed(banned, vocab_size)
+
+
+def _packed(banned: set[int], vocab_size: int) -> np.ndarray:
+    """Every bit set but those of `banned`."""
+    words = np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
+    ids = np.array([id for id in banned if 0 <= id < vocab_size], np.int64)
+    np.bitwise_and.at(words, ids // 32, ~(np.uint32(1) << (ids % 32).astype(np.uint32)))
+    return words
 
 
 def penalise(logits: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Repetition and presence penalties on logits [B, V]."""
-    repeated = rows.in_prompt | rows.in_answer
+    """Repetition, presence and frequency penalties on logits [B, V], and their bias."""
+    repeated = rows.in_prompt | (rows.counts > 0)
     penalty = rows.repetition_penalty[:, None]
     logits = jnp.where(repeated, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    return logits - rows.presence_penalty[:, None] * rows.in_answer
+    logits -= rows.presence_penalty[:, None] * (rows.counts > 0) + rows.frequency_penalty[:, None] * rows.counts
+    return jax.vmap(lambda row, ids, biases: row.at[ids].add(biases, mode="drop"))(logits, rows.bias_ids, rows.biases)
 
 
 def truncate(logits: jax.Array, rows: SamplingRows) -> jax.Array:
@@ -198,7 +239,9 @@ def ban(logits: jax.Array, rows: SamplingRows, steps: jax.Array, stop_ids: jax.A
     nothing = jnp.zeros(logits.shape[-1], bool)
     ends = jax.vmap(lambda ids: nothing.at[ids].set(True, mode="drop"))(jnp.atleast_2d(stop_ids))
     too_early = (steps < rows.min_tokens)[:, None] & ends
-    return jnp.where(rows.banned | (rows.banned_first & (steps == 0)[:, None]) | too_early, -jnp.inf, logits)
+    words = jnp.where((steps == 0)[:, None], rows.allowed & rows.allowed_first, rows.allowed)
+    allowed = ((words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1).reshape(len(words), -1)
+    return jnp.where((allowed[:, : logits.shape[-1]] == 0) | too_early, -jnp.inf, logits)
 
 
 def sample(logits: jax.Array, rows: SamplingRows, steps: jax.Array, stop_ids: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer.decode import DecodeState, Produced, bucket, decode, half_bucket, pad_prompts, prefill, widen
-from infer.sampling import Sampling, SamplingRows, banned_next
+from infer.sampling import Sampling, SamplingRows, allowed_next
 from infer.stops import AnswerText
 from qwen_jax.errors import InputError
 
@@ -128,7 +128,7 @@ class Stream(Iterator[tuple[int, str]]):
             with self._qwen.entered():
                 state = state.replace(done=jnp.asarray(finished))
                 if self._by_step and state.rows is not None:
-                    state = state.replace(rows=state.rows.replace(banned=jnp.asarray(self._banned(rows))))
+                    state = state.replace(rows=state.rows.replace(allowed=jnp.asarray(self._allowed(rows))))
                 state, produced, steps = decode(
                     self._qwen.params, state, np.int32(self._steps), self._stop_ids, **self._static
                 )
@@ -161,14 +161,12 @@ class Stream(Iterator[tuple[int, str]]):
                 **self._static,
             )
 
-    def _banned(self, rows: int) -> np.ndarray:
-        """[rows, V]: what may not come next in each answer."""
-        banned = np.zeros((rows, self._qwen.config.vocab_size), bool)
-        for row, (sampling, prompt, answer) in enumerate(
-            zip(self._samplings, self._prompts, self.answers, strict=True)
-        ):
-            banned[row] = banned_next(sampling, prompt + answer.tokens, banned.shape[1])
-        return banned
+    def _allowed(self, rows: int) -> np.ndarray:
+        """Of every row, what may come next in its answer; of fillers anything."""
+        told = zip(self._samplings, self._prompts, self.answers, strict=True)
+        size = self._qwen.config.vocab_size
+        allowed = [allowed_next(sampling, prompt + answer.tokens, size) for sampling, prompt, answer in told]
+        return np.stack(allowed + [allowed_next(Sampling(), [], size)] * (rows - len(allowed)))
 
     def _take(self, produced: Produced, count: int) -> Iterator[tuple[int, str]]:
         """Adds `count` columns of new tokens to the unfinished answers and yields what can be shown of them."""

@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("qwen_jax.models_table:main", "list the models: sizes, context, memory"),
     "chat": ("infer.chat:main", "talk to a model in the terminal"),
     "generate": ("infer.generate:main", "complete prompts"),
+    "serve": ("infer.serve:main", "answer OpenAI's clients, and people in a browser"),
     "demo": ("infer.demo:main", "answer one question with the default model"),
     "convert": ("qwen_jax.weights.convert:main", "convert a checkpoint between formats"),
     "quantize": ("train.quantise.command:main", "write a checkpoint in fewer bits: GPTQ, AWQ, int8, FP8, GGUF"),

@@ -70,3 +70,10 @@ def paged_cache(
 
     layers = Unstacked(zeros() for _ in range(config.num_layers))
     return PagedCache(layers, tables, jnp.zeros(tables.shape[0], jnp.int32), prompt_lengths)
+
+
+def page_bytes(config: ModelConfig, page: int, dtype: DTypeLike) -> int:
+    """Bytes of one page of all layers."""
+    nothing = jnp.zeros((1, 1), jnp.int32)
+    cache = jax.eval_shape(lambda: paged_cache(config, 1, page, dtype, tables=nothing, prompt_lengths=nothing[0]))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))

@@ -2,5 +2,6 @@
 
 from infer.engine.engine import Engine, Request
 from infer.engine.pages import PagePool
+from infer.engine.running import Full, Handle, Piece, RunningEngine
 
-__all__ = ["Engine", "PagePool", "Request"]
+__all__ = ["Engine", "Full", "Handle", "PagePool", "Piece", "Request", "RunningEngine"]

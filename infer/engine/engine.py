@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from infer.decode import MAX_STEPS, DecodeState, Produced, bucket, decode
 from infer.engine.pages import PagePool, page_keys
-from infer.engine.programs import read
+from infer.engine.programs import Scores, read
 from infer.sampling import Sampling, SamplingRows
 from infer.stops import AnswerText
 from infer.stream import NO_ID, TOP, Answer, Asked
@@ -21,7 +24,28 @@ from qwen_jax.errors import InputError
 from qwen_jax.paged_cache import PagedCache, paged_cache
 
 if TYPE_CHECKING:
+    from infer.grammar import Grammar, Matcher
     from infer.qwen import Prompts, Qwen
+    from qwen_jax.model import Params
+
+
+class PromptToken(NamedTuple):
+    """A token of a prompt: its log-probability after those before, and the likeliest there."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclasses.dataclass
+class Counts:
+    """What an engine has done since it began."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of these, what was found in pages of earlier requests."""
+    answer_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,6 +64,15 @@ class Request:
     cached: int = 0
     """Tokens of the prompt that were found in pages of earlier requests."""
     cancelled: bool = False
+    matcher: Matcher | None = None
+    """What the answer may go on with, where it has to have a form."""
+    wants_prompt_logprobs: bool = False
+    prompt_logprobs: list[PromptToken] = dataclasses.field(default_factory=list)
+    """Of each token of the prompt but the first, once it is read, where they are wanted."""
+    hidden: np.ndarray | None = None
+    """[D], the final hidden state of the prompt's last token, where no answer is wanted."""
+    error: InputError | None = None
+    """What ended it besides its own end."""
 
     @property
     def tokens(self) -> list[int]:
@@ -52,7 +85,7 @@ class Request:
 
     @property
     def is_over(self) -> bool:
-        return self.cancelled or self.answer.finish_reason is not None
+        return self.cancelled or self.error is not None or self.answer.finish_reason is not None
 
 
 class Engine:
@@ -91,8 +124,8 @@ class Engine:
             raise InputError(f"num_pages={num_pages} leaves no page for a request; give at least 2.")
         if qwen.mesh is not None:
             raise InputError("an engine's pages lie on one device; load the model without a mesh.")
-        self._qwen, self._config = qwen, qwen.config
-        self._rows, self._page, self._piece, self._steps = rows, page, piece, steps
+        self.qwen, self._config = qwen, qwen.config
+        self.rows, self._page, self._piece, self._steps = rows, page, piece, steps
         if num_pages is None:
             num_pages = 1 + rows * -(-min(qwen.config.context_length, 4096) // page)
         self.pool = PagePool(num_pages)
@@ -103,25 +136,93 @@ class Engine:
         self._layers = cache.layers
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in the order in which they were admitted
+        self._sampled: tuple[list[Request], SamplingRows] | None = None  # the rows of the last call, and what they saw
+        self._read_short = False
+        self.counts = Counts()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one request may have, its answer included."""
+        return min(self._config.context_length, (self.pool.num_pages - 1) * self._page)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def add(self, prompt: Any, sampling: Sampling | None = None, *, top_logprobs: int = 0, **kwargs: Any) -> Request:
-        """Queues a prompt (text or token ids); arguments as `Qwen.stream`. Raises InputError where it never fits."""
-        (asked,) = self._qwen.asked([prompt], sampling, top_logprobs=top_logprobs, **kwargs)
-        return self._queue(asked, top_logprobs)
+    def request(
+        self,
+        prompt: Any,
+        sampling: Sampling | None = None,
+        *,
+        top_logprobs: int = 0,
+        grammar: Grammar | None = None,
+        prompt_logprobs: bool = False,
+        answers: bool = True,
+        **kwargs: Any,
+    ) -> Request:
+        """What is asked with a prompt (text or token ids). Raises InputError where it never fits.
 
-    def _queue(self, asked: Asked, num_top: int) -> Request:
+        grammar: what the answer has to look like. prompt_logprobs: report the prompt's own tokens, with as many of the
+        likeliest as `top_logprobs` says. answers: whether an answer is wanted, or only what reading the prompt gives.
+        The rest is as in `Qwen.stream`.
+        """
+        (asked,) = self.qwen.asked([prompt], sampling, top_logprobs=top_logprobs, **kwargs)
+        if not answers:
+            asked = dataclasses.replace(asked, limit=0)
+        form = grammar and grammar.matcher()
+        return self._request(asked, top_logprobs, matcher=form, wants_prompt_logprobs=prompt_logprobs)
+
+    def _request(self, asked: Asked, num_top: int, **kwargs: Any) -> Request:
         needed = min(len(asked.prompt) + asked.limit, self._config.context_length)
-        if -(-needed // self._page) > self.pool.num_pages - 1:
+        if needed > self.capacity:
             raise InputError(
                 f"a prompt of {len(asked.prompt)} tokens and an answer of {asked.limit} need more than the engine's "
                 f"{self.pool.num_pages - 1} pages of {self._page}; ask for fewer tokens, or give it more pages."
             )
-        text = AnswerText(self._qwen.tokenizer, asked.stop, frozenset(asked.stop_ids), asked.limit)
-        request = Request(asked, num_top, text, Answer(len(asked.prompt)))
+        text = AnswerText(self.qwen.tokenizer, asked.stop, frozenset(asked.stop_ids), asked.limit)
+        return Request(asked, num_top, text, Answer(len(asked.prompt)), **kwargs)
+
+    def enqueue(self, request: Request) -> None:
+        """Lets a new request wait for its turn."""
         self._waiting.append(request)
+
+    def add(self, prompt: Any, sampling: Sampling | None = None, **kwargs: Any) -> Request:
+        """Makes a request, arguments as `request`, and lets it wait for its turn."""
+        request = self.request(prompt, sampling, **kwargs)
+        self.enqueue(request)
         return request
+
+    def described(self) -> str:
+        """What fits, for people."""
+        tokens = (self.pool.num_pages - 1) * self._page
+        size = sum(x.nbytes for x in jax.tree.leaves(self._layers)) / 2**30
+        return (
+            f"{tokens:,} tokens of keys and values ({size:.2f} GiB), that is {tokens / self.capacity:.1f} contexts of "
+            f"{self.capacity:,}, for up to {self.rows} requests at a time"
+        )
+
+    def programs(self) -> list[Callable[[], Any]]:
+        """Runs on nothing of every program that requests need, the first answer's first: each compiles one.
+
+        But for those that score the tokens of prompts.
+        """
+        nobody = self.request([0], Sampling(), max_tokens=1)
+        lengths = {bucket(length, min(64, self._piece)) for length in range(1, self._piece + 1)}
+        reads = [
+            functools.partial(self._run_read, nobody, np.zeros((1, length), np.int32), 1, None)
+            for length in sorted(lengths)
+        ]
+        decodes = [
+            functools.partial(self._run_decode, [], 0, rows)
+            for rows in sorted({bucket(rows) for rows in range(1, self.rows + 1)})
+        ]
+        return [program for pair in itertools.zip_longest(reads, decodes) for program in pair if program]
 
     def cancel(self, request: Request) -> None:
         """Ends a request, whose answer stays what it is; its pages are free with the next step."""
@@ -131,12 +232,21 @@ class Engine:
     def is_idle(self) -> bool:
         return not self._waiting and not self._running
 
+    def replace_params(self, params: Params) -> None:
+        """Goes on with other weights, of the same shapes and as `prepare` leaves them; nothing read before is kept."""
+        self.qwen.params = params
+        for request in reversed(self._running.copy()):
+            self._leave(request)
+            self._waiting.appendleft(request)
+        self.pool.forget()
+
     def generate(
         self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] | None = None, **kwargs: Any
     ) -> list[Answer]:
         """Whole answers to prompts, however many; arguments as `Qwen.stream`."""
         num_top = kwargs.get("top_logprobs", 0)
-        requests = [self._queue(asked, num_top) for asked in self._qwen.asked(prompts, sampling, **kwargs)]
+        requests = [self._request(asked, num_top) for asked in self.qwen.asked(prompts, sampling, **kwargs)]
+        self._waiting += requests
         while not all(request.is_over for request in requests):
             self.step()
         return [request.answer for request in requests]
@@ -148,11 +258,22 @@ class Engine:
         self._retire()
         self._admit()
         pieces = []
-        if reading := next((request for request in self._running if request.held < request.to_read), None):
+        if reading := self._next_to_read():
             pieces += self._read(reading)
         pieces += self._decode()
         self._retire()
+        self.counts.steps += 1
         return pieces
+
+    def _next_to_read(self) -> Request | None:
+        """The oldest prompt that is not read; a short one in turn with one of more than 8 pieces."""
+        unread = [request for request in self._running if request.held < request.to_read]
+        if not unread:
+            return None
+        rest = [request.to_read - request.held for request in unread]
+        short = next((request for request, left in zip(unread, rest, strict=True) if left <= self._piece), None)
+        self._read_short = not self._read_short
+        return short if short and self._read_short and rest[0] > 8 * self._piece else unread[0]
 
     def _retire(self) -> None:
         for request in [request for request in self._running if request.is_over]:
@@ -161,11 +282,17 @@ class Engine:
 
     def _admit(self) -> None:
         """Lets the oldest in while there is a row for it, and room for what it has to read."""
-        while self._waiting and len(self._running) < self._rows:
+        while self._waiting and len(self._running) < self.rows:
             request = self._waiting[0]
             request.keys = list(page_keys(request.tokens[: request.to_read], self._page, self._salt(request)))
             # the last token is read in any case: what follows it is not known
-            known = self.pool.match(request.keys[: (request.to_read - 1) // self._page])
+            matched = request.keys[: (request.to_read - 1) // self._page]
+            if request.wants_prompt_logprobs and not request.answer.tokens:
+                matched, request.prompt_logprobs = [], []
+            known = self.pool.match(matched)
+            if self._is_being_read(matched[len(known) : len(known) + 1]):
+                self.pool.release(known)
+                return
             needed = -(-request.to_read // self._page) - len(known)
             # one page for each that is running, so that nobody is let in to give way at once
             taken = self.pool.take(needed) if needed + len(self._running) <= self.pool.available else None
@@ -173,8 +300,17 @@ class Engine:
                 self.pool.release(known)
                 return
             request.pages, request.held = known + taken, len(known) * self._page
-            request.cached = min(request.held, len(request.asked.prompt))
+            if not request.answer.tokens:
+                request.cached = request.held
+                self.counts.prompt_tokens += len(request.asked.prompt)
+                self.counts.cached_tokens += request.cached
             self._running.append(self._waiting.popleft())
+
+    def _is_being_read(self, keys: list[bytes]) -> bool:
+        """Whether somebody is about to fill the page that comes next, so that waiting is less work than reading."""
+        return bool(keys) and any(
+            keys[0] in request.keys for request in self._running if request.held < request.to_read
+        )
 
     def _salt(self, request: Request) -> bytes:
         """What keys and values depend on besides the tokens: Qwen1 turns them by the whole prompt's length."""
@@ -196,50 +332,34 @@ class Engine:
         end = min(begin + self._piece - begin % self._piece, request.to_read)
         tokens = np.zeros((1, bucket(end - begin, min(64, self._piece))), np.int32)
         tokens[0, : end - begin] = request.tokens[begin:end]
-        last = end == request.to_read and not request.answer.tokens
-        with self._qwen.entered():
-            cache, produced = read(
-                self._qwen.params,
-                self._cache([request], 1),
-                tokens,
-                np.int32(end - begin),
-                self._sampling([request]) if last else None,
-                self._stop_ids([request]) if last else np.zeros((1, 1), np.int32),
-                **self._static,
-                last=last,
-            )
-        self._layers = cache.layers
+        last = end == request.to_read and not request.answer.tokens and request.asked.limit > 0
+        # a token is chosen in any case, so that one program reads every piece
+        targets = None
+        if request.wants_prompt_logprobs and not request.answer.tokens:
+            following = request.asked.prompt[begin + 1 : end + 1]
+            targets = np.zeros(tokens.shape, np.int32)
+            targets[0, : len(following)] = following
+        produced, scores, hidden = self._run_read(request, tokens, end - begin, targets)
         request.held = end
         if end // self._page > begin // self._page:
             for page, key in zip(request.pages[: end // self._page], request.keys, strict=False):
                 self.pool.publish(page, key)
-        return self._take([request], produced, 1) if produced is not None else []
+        if scores is not None:
+            request.prompt_logprobs += _prompt_tokens(scores, min(end, len(request.asked.prompt) - 1) - begin, request)
+        if end == request.to_read and not request.asked.limit:
+            request.hidden, request.answer.finish_reason = np.asarray(hidden, np.float32), "length"
+        return self._take([request], produced, 1) if last else []
 
     def _decode(self) -> list[tuple[Request, str]]:
         ready = [request for request in self._running if request.held == request.to_read and not request.is_over]
-        steps = 1 if any(request.asked.sampling.needs_history for request in ready) else self._steps
+        one_by_one = any(request.matcher or request.asked.sampling.needs_history for request in ready)
+        steps = 1 if one_by_one else self._steps
         ready = self._with_room(ready, steps)
         if not ready:
             return []
-        rows = max(bucket(len(ready)), self._qwen.backend.min_decode_rows)
-        nobody = Request(Asked([0], Sampling(), 0, (), ()), 0, ready[0].text, Answer(1), held=0)
-        padding = [nobody] * (rows - len(ready))
-        all_rows = ready + padding
-        state = DecodeState(
-            cache=self._cache(all_rows, rows),
-            tokens=jnp.array([request.tokens[-1] for request in all_rows], jnp.int32),
-            steps=jnp.array([len(request.answer.tokens) for request in all_rows], jnp.int32),
-            limits=jnp.array([request.asked.limit for request in all_rows], jnp.int32),
-            done=jnp.arange(rows) >= len(ready),
-            rows=self._sampling(all_rows),
-        )
-        with self._qwen.entered():
-            state, produced, count = decode(
-                self._qwen.params, state, np.int32(steps), self._stop_ids(all_rows), **self._static
-            )
-        assert isinstance(state.cache, PagedCache)
-        self._layers = state.cache.layers
-        return self._take(ready, produced, int(count))
+        produced, count, seen = self._run_decode(ready, steps)
+        self._sampled = None if one_by_one else (ready, seen)
+        return self._take(ready, produced, count)
 
     def _with_room(self, ready: list[Request], steps: int) -> list[Request]:
         """Those that have pages for the tokens of a call, the youngest giving up theirs where there are too few."""
@@ -252,6 +372,7 @@ class Engine:
             taken = None
             while request in self._running and (taken := self.pool.take(missing)) is None:
                 youngest = self._running[-1]
+                self.counts.preemptions += 1
                 self._leave(youngest)
                 self._waiting.appendleft(youngest)
             if taken is not None:
@@ -273,22 +394,75 @@ class Engine:
                 if request.is_over:
                     break
                 top = list(zip(top_tokens[row][i], top_logprobs[row][i], strict=True))[: request.num_top]
-                shown += answer.add(tokens[row][i], logprobs[row][i], top, request.text)
+                try:
+                    shown += answer.add(tokens[row][i], logprobs[row][i], top, request.text)
+                    if request.matcher and not answer.finish_reason:
+                        request.matcher.advance(tokens[row][i])
+                except InputError as error:  # of this request alone
+                    request.error = error
+                    break
+                self.counts.answer_tokens += 1
                 # a token enters the cache when the next one is chosen
                 request.held += 0 if first and i == 0 else 1
             if shown:
                 pieces.append((request, shown))
         return pieces
 
-    # --- what programs are given --------------------------------------------------------------------------------------
+    # --- the programs, and what they are given ------------------------------------------------------------------------
+
+    def _run_read(
+        self, request: Request, tokens: np.ndarray, count: int, targets: np.ndarray | None
+    ) -> tuple[Produced, Scores | None, jax.Array]:
+        with self.qwen.entered():
+            cache, produced, scores, hidden = read(
+                self.qwen.params,
+                self._cache([request], 1),
+                tokens,
+                np.int32(count),
+                self._sampling([request]),
+                self._stop_ids([request]),
+                targets,
+                **self._static,
+            )
+        self._layers = cache.layers
+        return produced, scores, hidden
+
+    def _run_decode(self, requests: list[Request], steps: int, rows: int = 1) -> tuple[Produced, int, SamplingRows]:
+        """What up to `steps` steps give these requests, how many were taken, and what sampling has seen after them."""
+        rows = max(bucket(max(len(requests), rows)), self.qwen.backend.min_decode_rows)
+        text = AnswerText(self.qwen.tokenizer, (), frozenset(), 0)
+        nobody = Request(Asked([0], Sampling(), 0, (), ()), 0, text, Answer(1))
+        all_rows = requests + [nobody] * (rows - len(requests))
+        seen = self._sampled[1] if self._sampled and self._sampled[0] == requests else None
+        if seen is None or seen.seed.size != rows:
+            seen = self._sampling(all_rows)
+        state = DecodeState(
+            cache=self._cache(all_rows, rows),
+            tokens=jnp.array([request.tokens[-1] for request in all_rows], jnp.int32),
+            steps=jnp.array([len(request.answer.tokens) for request in all_rows], jnp.int32),
+            limits=jnp.array([request.asked.limit for request in all_rows], jnp.int32),
+            done=jnp.arange(rows) >= len(requests),
+            rows=seen,
+        )
+        with self.qwen.entered():
+            state, produced, count = decode(
+                self.qwen.params, state, np.int32(steps), self._stop_ids(all_rows), **self._static
+            )
+        assert isinstance(state.cache, PagedCache) and state.rows is not None
+        self._layers = state.cache.layers
+        return produced, int(count), state.rows
 
     @property
     def _static(self) -> dict[str, Any]:
-        return {"config": self._config, "vocab_size": len(self._qwen.tokenizer), "num_top": TOP}
+        return {"config": self._config, "vocab_size": len(self.qwen.tokenizer), "num_top": TOP}
 
     def _cache(self, requests: list[Request], rows: int) -> PagedCache:
-        """The pages as these rows see them. Tables are as long as the longest needs, in powers of two."""
-        width = bucket(max(len(request.pages) for request in requests), 4)
+        """The pages as these rows see them, in tables that are long enough for the longest."""
+        # on CPUs attention loops over the pages that rows hold, however long the tables are: one length for all
+        longest = self.capacity // self._page + 1
+        if self.qwen.backend.kernels != "cpu":
+            longest = max(len(request.pages) for request in requests)
+        width = bucket(longest, 4)
         tables = np.full((rows, width), self.pool.num_pages, np.int32)  # no page: what is written there is dropped
         for row, request in enumerate(requests):
             tables[row, : len(request.pages)] = request.pages or [0]
@@ -303,6 +477,7 @@ class Engine:
             self._config.vocab_size,
             report=any(request.num_top for request in requests),
             answers=[request.answer.tokens for request in requests],
+            masks=[request.matcher and request.matcher.allowed() for request in requests],
         )
 
     def _stop_ids(self, requests: list[Request]) -> np.ndarray:
@@ -311,3 +486,12 @@ class Engine:
         return np.array(
             [[*ids, *[NO_ID] * (width - len(ids))] for ids in (x.asked.stop_ids for x in requests)], np.int32
         )
+
+
+def _prompt_tokens(scores: Scores, count: int, request: Request) -> list[PromptToken]:
+    logprobs, ids, top = (np.asarray(x[:count]).tolist() for x in scores)
+    num_top = request.num_top
+    return [
+        PromptToken(logprob, list(zip(row[:num_top], values[:num_top], strict=True)))
+        for logprob, row, values in zip(logprobs, ids, top, strict=True)
+    ]

@@ -29,6 +29,11 @@ class PagePool:
         """Pages that `take` can give."""
         return len(self._free) + len(self._cached)
 
+    @property
+    def held(self) -> float:
+        """The share of the pages that somebody holds."""
+        return 1 - self.available / (self.num_pages - 1)
+
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of the longest published run of these keys, which the caller then holds."""
         found = []
@@ -70,6 +75,13 @@ class PagePool:
                     self._cached[page] = None
                 else:
                     self._free.append(page)
+
+    def forget(self) -> None:
+        """Lets nobody find a page any more."""
+        self._free += reversed(self._cached)
+        self._cached.clear()
+        self._page_of.clear()
+        self._key_of.clear()
 
     def check(self) -> None:
         """Asserts what always holds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,36 +11,66 @@ import jax.numpy as jnp
 from infer.decode import STATIC, DecodeState, Produced, choose
 from infer.sampling import SamplingRows
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import Inputs, Params, forward
+from qwen_jax.model import Inputs, Params, forward, unembed
 from qwen_jax.paged_cache import PagedCache
 
+# Positions of a prompt whose logits are in memory at once.
+SCORED = 64
 
-@functools.partial(jax.jit, static_argnames=(*STATIC, "last"), donate_argnames="cache")
+
+class Scores(NamedTuple):
+    """Of tokens [C] that follow others: log-probabilities, and the likeliest N there."""
+
+    logprobs: jax.Array  # [C] float32
+    top_tokens: jax.Array  # [C, N] int32
+    top_logprobs: jax.Array  # [C, N] float32
+
+
+@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="cache")
 def read(
     params: Params,
     cache: PagedCache,
     tokens: jax.Array,
     count: jax.Array,
-    rows: SamplingRows | None,
+    rows: SamplingRows,
     stop_ids: jax.Array,
+    targets: jax.Array | None,
     *,
     config: ModelConfig,
     vocab_size: int,
     num_top: int,
-    last: bool,
-) -> tuple[PagedCache, Produced | None]:
-    """Reads `count` of tokens [1, C] after those that the cache's one row holds; with `last`, chooses the next.
+) -> tuple[PagedCache, Produced, Scores | None, jax.Array]:
+    """Reads `count` of tokens [1, C] after those that the cache's one row holds, and chooses the next.
 
-    What stands beyond `count` is written too, behind the row's end, where the next tokens overwrite it.
+    targets: the tokens [1, C] that follow these, where they are to be scored. Returns the last one's hidden state [D]
+    as well. What stands beyond `count` is written too, behind the row's end, where the next tokens overwrite it.
     """
-    only = jnp.reshape(count - 1, (1,))
-    out = forward(config, params, Inputs.inference(tokens), cache=cache, only=only)
+    end = jnp.reshape(count - 1, (1,))
+    out = forward(config, params, Inputs.inference(tokens), cache=cache, only=end if targets is None else None)
     assert isinstance(out.cache, PagedCache)
-    if not last:
-        return out.cache, None
+    scores = None
+    hidden = out.hidden[:, 0]
+    if targets is not None:
+        hidden = jnp.take_along_axis(out.hidden, end[:, None, None], axis=1)[:, 0]
+        scores = _score(config, params, out.hidden[0], targets[0], vocab_size, num_top)
     zeros = jnp.zeros(1, jnp.int32)
     state = DecodeState(out.cache, zeros, zeros, zeros + 1, zeros > 0, rows)
-    _, produced = choose(
-        out.hidden[:, 0], state, stop_ids, config=config, params=params, vocab_size=vocab_size, num_top=num_top
-    )
-    return out.cache, Produced(*(x[:, None] for x in produced))
+    _, chosen = choose(hidden, state, stop_ids, config=config, params=params, vocab_size=vocab_size, num_top=num_top)
+    return out.cache, Produced(*(x[:, None] for x in chosen)), scores, hidden[0]
+
+
+def _score(
+    config: ModelConfig, params: Params, hidden: jax.Array, targets: jax.Array, vocab_size: int, num_top: int
+) -> Scores:
+    size = min(SCORED, len(targets))  # both are powers of two
+
+    def some(part: tuple[jax.Array, jax.Array]) -> Scores:
+        hidden, targets = part
+        logits = unembed(config, params, hidden)
+        logits = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab_size, logits, -jnp.inf)
+        logprobs = jax.nn.log_softmax(logits)
+        top, ids = jax.lax.top_k(logprobs, min(num_top, vocab_size))
+        return Scores(jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0], ids.astype(jnp.int32), top)
+
+    pieces = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (hidden, targets))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(some, pieces))

@@ -129,21 +129,26 @@ def test_ties_at_the_boundary_stay():
         assert (np.flatnonzero(ours[0] > NEGATIVE) == [0, 1, 2]).all(), s
 
 
-def test_presence_penalty_by_its_formula():
-    """mu[j] - 1(count[j] > 0) * alpha over the answer only (OpenAI's definition), after the repetition penalty."""
+def test_presence_and_frequency_by_their_formula():
+    """mu[j] - count[j] * alpha_frequency - 1(count[j] > 0) * alpha_presence over the answer (OpenAI's definition)."""
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 3, (ROWS, SMALL)).astype(np.float32)
-    prompts, answers = [[1, 2]] * ROWS, [[2, 3, 3], [4], [2], [49]]
+    prompts, answers = [[1, 2]] * ROWS, [[2, 3, 3], [4, 4, 4], [2, 5, 2], [49, 1, 2]]
     samplings = [
-        Sampling(presence_penalty=p, repetition_penalty=r) for p, r in [(0.5, 1.0), (2.0, 1.0), (-1.0, 1.3), (0.7, 2.0)]
+        Sampling(presence_penalty=p, frequency_penalty=f, repetition_penalty=r, logit_bias=((7, 3.5), (4, -100.0)))
+        for p, f, r in [(0.5, 0.0, 1.0), (2.0, 0.3, 1.0), (-1.0, -0.7, 1.3), (0.0, 1.5, 2.0)]
     ]
     ours = np.asarray(run_penalise(logits, with_answers(SamplingRows.create(samplings, prompts, SMALL), answers)))
+    told = SamplingRows.create(samplings, prompts, SMALL, answers=answers)
+    np.testing.assert_array_equal(ours, np.asarray(run_penalise(logits, told)))
     for row, s in enumerate(samplings):
         expected = logits[row].copy()
         for token in {*prompts[row], *answers[row]}:
             expected[token] *= 1 / s.repetition_penalty if expected[token] > 0 else s.repetition_penalty
         for token in set(answers[row]):
-            expected[token] -= s.presence_penalty
+            expected[token] -= s.presence_penalty + s.frequency_penalty * answers[row].count(token)
+        expected[7] += 3.5
+        expected[4] -= 100
         np.testing.assert_allclose(ours[row], expected, rtol=1e-6, atol=1e-6)
 
 
@@ -237,6 +242,9 @@ def test_what_is_banned_by_step():
     steps, stops = np.array([0, 1, 2, 0], np.int32), np.array([4, 5, *NO_STOP], np.int32)
     banned = np.isinf(np.asarray(run_ban(np.zeros((ROWS, SMALL), np.float32), rows, steps, stops)))
     assert [np.flatnonzero(row).tolist() for row in banned] == [[1, 2, 3, 4, 5], [1, 3, 4, 5], [1, 3], []]
+    few = SamplingRows.create([Sampling(allowed_tokens=(7, 31, 40))] * ROWS, [[0]] * ROWS, SMALL)
+    allowed = np.isfinite(np.asarray(run_ban(np.zeros((ROWS, SMALL), np.float32), few, steps, stops)))
+    assert [np.flatnonzero(row).tolist() for row in allowed] == [[7, 31, 40]] * ROWS
     longer = SamplingRows.create([Sampling(min_length=7)], [[0] * 5], SMALL)
     assert longer.min_tokens.tolist() == [2]
 
@@ -253,6 +261,9 @@ def test_what_is_banned_by_step():
         Sampling(begin_suppress_tokens=(1,)),
         Sampling(bad_words_ids=((1, 2),)),
         Sampling(no_repeat_ngram_size=3),
+        Sampling(frequency_penalty=0.1),
+        Sampling(logit_bias=((1, 2.0),)),
+        Sampling(allowed_tokens=(1,)),
     ],
 )
 def test_plain_rows_are_those_without_any_rule(s):

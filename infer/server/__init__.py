@@ -1,0 +1,1 @@
+"""OpenAI's API over an engine, and a page to talk to it."""
