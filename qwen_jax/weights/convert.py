@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from qwen_jax.local_path import LocalPath
+
+if TYPE_CHECKING:
+    from qwen_jax.weights.checkpoint import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Arguments:
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
     """Cast every weight; by default each keeps its dtype, and GGUF becomes bfloat16."""
     adapter: LocalPath | None = None
-    """A PEFT folder whose adapter is added, each sum in float32."""
+    """A PEFT folder whose adapter is added, each sum in float32; the logits' difference from the adapter as trained,
+    over the base that it names if that is here and else over SRC, is printed."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -39,11 +43,13 @@ def main(args: Sequence[str]) -> int:
 
     if options.dst.exists():  # before a source may have to be downloaded
         raise InputError(f"{options.dst} already exists; choose another folder, or remove it first.")
-    checkpoint = open_checkpoint(options.src)
+    checkpoint, trained = open_checkpoint(options.src), None
     if options.adapter:
-        from qwen_jax.weights.peft import MergedCheckpoint, read_adapter
+        from qwen_jax.weights.peft import MergedCheckpoint, read_adapter, trained_base
 
-        checkpoint = MergedCheckpoint(checkpoint, read_adapter(options.adapter, checkpoint.config))
+        adapter = read_adapter(options.adapter, checkpoint.config)
+        trained = MergedCheckpoint(trained_base(options.adapter, checkpoint), adapter)
+        checkpoint = MergedCheckpoint(checkpoint, adapter)
     dtype = None
     if options.dtype:
         dtype = np.dtype(ml_dtypes.bfloat16 if options.dtype == "bfloat16" else options.dtype)
@@ -62,4 +68,20 @@ def main(args: Sequence[str]) -> int:
         save_gguf(checkpoint, options.dst, types[options.dtype])
         warn_of_unsaid(checkpoint.config)
     print(f"{options.src} -> {options.dst} ({options.to})")
+    if trained is not None:
+        _say_difference(open_checkpoint(options.dst), trained)
     return 0
+
+
+def _say_difference(merged: Checkpoint, trained: Checkpoint) -> None:
+    import numpy as np
+
+    from qwen_jax.one_layer import logit_difference
+
+    tokens = np.random.default_rng(0).integers(0, merged.config.vocab_size, (1, 128), np.int32)
+    found = logit_difference(merged, trained, tokens)
+    print(
+        f"logits after {found.tokens} random tokens, beside the adapter over {trained.source} in float32: at most "
+        f"{found.largest:.2g} and in the mean {found.mean:.2g} apart, where the largest is {found.largest_logit:.3g}; "
+        f"the likeliest token is the same after {100 * found.agreement:.1f} %"
+    )

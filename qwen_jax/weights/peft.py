@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from qwen_jax.weights.checkpoint import Checkpoint, Index
 from qwen_jax.weights.export import write_json
 from qwen_jax.weights.load import get_leaf, put_leaf
 from qwen_jax.weights.names import Leaf, leaves
+from qwen_jax.weights.open import open_checkpoint
 from qwen_jax.weights.safetensors import read_safetensors
 
 _PREFIX = "base_model.model."
@@ -97,6 +99,19 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     if not weights:
         raise InputError(f"{folder} holds no LoRA weights; it must have lora_A and lora_B of at least one module.")
     return weights
+
+
+def trained_base(folder: str | Path, checkpoint: Checkpoint) -> Checkpoint:
+    """The model that a PEFT folder names as its base if it is on this machine and shaped as `checkpoint`; else that."""
+    named = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(named, str) or not (named == "default" or os.path.exists(named)):
+        return checkpoint
+    try:
+        base = open_checkpoint(named)
+    except InputError:
+        return checkpoint
+    shapes, wanted = ({leaf.path: leaf.shape for leaf in each.leaves} for each in (base, checkpoint))
+    return base if shapes == wanted else checkpoint
 
 
 def _scaling(raw: Mapping[str, Any]) -> Any:

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,11 +17,13 @@ from infer.stream import Answer
 from qwen_jax.backend import Backend
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import native
-from qwen_jax.model import init
-from qwen_jax.weights.load import load_params
+from qwen_jax.model import Inputs, forward, init, unembed
+from qwen_jax.weights import convert
+from qwen_jax.weights.export import save_hf
+from qwen_jax.weights.load import ParamsCheckpoint, load_params
 from qwen_jax.weights.names import leaves
 from qwen_jax.weights.open import open_checkpoint
-from qwen_jax.weights.peft import LowRank, MergedCheckpoint, read_adapter, save_adapter
+from qwen_jax.weights.peft import LowRank, MergedCheckpoint, apply_adapter, read_adapter, save_adapter
 from tests.infer import tiny
 
 CONFIG = dataclasses.replace(tiny.CONFIG, hidden_size=64, head_dim=16, intermediate_size=96, initializer_range=0.1)
@@ -113,6 +118,35 @@ def test_chat_changes_adapters(folder: Path, capsys: pytest.CaptureFixture[str])
     assert conversation.line("/adapter second") and conversation.qwen is models["second"]
     assert conversation.line("/adapter third") and "there are: first, second." in capsys.readouterr().out
     assert conversation.qwen is models["second"]
+
+
+@pytest.mark.parametrize("base", ["as it was trained", "before it was quantised"])
+def test_merging_says_what_it_changed(base: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """An adapter trained over a quantised model and merged into that or into what it was made of."""
+    params = load_params(open_checkpoint(folder / "model"), np.float32, progress=False)
+    rounded = jax.tree.map(lambda x: x, params)
+    mlp = rounded["layers"]["mlp"]
+    mlp["up"]["kernel"] = jnp.round(8 * mlp["up"]["kernel"]) / 8
+    save_hf(ParamsCheckpoint(rounded, CONFIG, open_checkpoint(folder / "model")), tmp_path / "few", progress=False)
+    adapter = read_adapter(folder / "first", CONFIG)
+    save_adapter(adapter, CONFIG, tmp_path / "adapter", base=str(tmp_path / "few"))
+    source = tmp_path / "few" if base == "as it was trained" else folder / "model"
+    options = ["--to", "hf", "--dtype", "bfloat16", "--adapter", str(tmp_path / "adapter")]
+    assert convert.main([str(source), str(tmp_path / "out"), *options]) == 0
+    said = capsys.readouterr().out
+    numbers = re.search(r"over (\S+) in float32: at most (\S+) and in the mean (\S+) apart, where .* is (\S+);", said)
+    assert numbers is not None and numbers[1] == str(tmp_path / "few"), said
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, 128), np.int32))
+
+    def logits(params: Any) -> np.ndarray:
+        return np.asarray(unembed(CONFIG, params, forward(CONFIG, params, Inputs.inference(tokens)).hidden))
+
+    trained = logits(apply_adapter(rounded, adapter))
+    written = logits(load_params(open_checkpoint(tmp_path / "out"), np.float32, progress=False))
+    apart = np.abs(written - trained)
+    found = [float(number) for number in numbers.groups()[1:]]
+    np.testing.assert_allclose(found, [apart.max(), apart.mean(), np.abs(trained).max()], rtol=0.05)
+    assert (apart.max() > 0.2 * np.abs(trained).max()) == (base == "before it was quantised")
 
 
 def test_what_names_cannot_be(folder: Path) -> None:

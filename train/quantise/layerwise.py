@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +17,9 @@ from infer.evaluate_perplexity import token_nll
 from qwen_jax.backend import Backend
 from qwen_jax.config import ModelConfig
 from qwen_jax.leaves import Int8, Observed
-from qwen_jax.model import Inputs, embed, forward, param_shardings
+from qwen_jax.model import param_shardings
+from qwen_jax.one_layer import embed_tokens, one_layer, run_layer
 from qwen_jax.sharding import RULES, activation_sharding
-from qwen_jax.unstacked import Unstacked
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.load import flatten, get_leaf, load_layer, load_outside
 from train.quantise.methods import Coded, Method, Seen, not_zero, squared_outputs
@@ -101,12 +100,12 @@ class Quantiser:
         after = before
         for index in range(self._config.num_layers):
             with self._entered():
-                one = _one_layer(self._config, index)
+                one = one_layer(self._config, index)
                 layer = load_layer(self._checkpoint, index, np.float32, self._shardings)
-                before = [_run(layer, outside["final_norm"], x, config=one) for x in _counted(before, advance)]
+                before = [run_layer(layer, outside["final_norm"], x, config=one) for x in _counted(before, advance)]
                 layer, coded = self._quantised(layer, one, inputs, advance)
-                after = [_run(layer, outside["final_norm"], x, config=one) for x in _counted(after, advance)]
-                inputs = [_run(layer, outside["final_norm"], x, config=one)[0] for x in _counted(inputs, advance)]
+                after = [run_layer(layer, outside["final_norm"], x, config=one) for x in _counted(after, advance)]
+                inputs = [run_layer(layer, outside["final_norm"], x, config=one)[0] for x in _counted(inputs, advance)]
                 if index == self._config.num_layers - 1:
                     self._perplexities = tuple(self._perplexity(outside, each) for each in (before, after))
                 before, after = ([x for x, _ in each] for each in (before, after))
@@ -152,7 +151,7 @@ class Quantiser:
         return sums
 
     def _perplexity(self, outside: Mapping[str, Any], last: list[tuple[jax.Array, jax.Array]]) -> float:
-        """Given what `_run` made of the last layer."""
+        """Given what `run_layer` made of the last layer."""
         total, begin = 0.0, 0
         for _, hidden in last:
             targets = self._held_out[begin : begin + len(hidden), 1:]
@@ -181,12 +180,6 @@ def _counted(batches: list[jax.Array], advance: Callable[[int], None]) -> Iterat
         advance(x.shape[0] * x.shape[1])
 
 
-def _one_layer(config: ModelConfig, index: int) -> ModelConfig:
-    """A model of this one layer."""
-    windows = (config.layer_windows()[index],)
-    return dataclasses.replace(config, num_layers=1, windows=windows, sparse_prefill=None)
-
-
 def _embedded(config: ModelConfig, outside: Any, mesh: Mesh | None, tokens: np.ndarray) -> list[jax.Array]:
     """float32 [rows, T, D] of the tokens, batch by batch."""
     rows = batch_rows(*tokens.shape)
@@ -198,22 +191,8 @@ def _embedded(config: ModelConfig, outside: Any, mesh: Mesh | None, tokens: np.n
         batch: Any = tokens[start : start + rows]
         if mesh is not None:
             batch = jax.device_put(batch, activation_sharding(mesh, batch.shape, "batch", None))
-        found.append(_embed(outside, batch, config=config))
+        found.append(embed_tokens(outside, batch, config=config))
     return found
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _embed(outside: Any, tokens: jax.Array, *, config: ModelConfig) -> jax.Array:
-    return embed(config, outside, Inputs.inference(tokens), jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _run(layer: Layer, final_norm: Any, x: jax.Array, *, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """x [B, T, D] after the layer, and what the final norm makes of that."""
-    params = {"layers": Unstacked([layer]), "final_norm": final_norm}
-    out = forward(config, params, Inputs.inference(x), return_layers=True, dtype=jnp.float32)
-    assert out.layers is not None
-    return out.layers[1], out.hidden
 
 
 @functools.partial(jax.jit, static_argnames=("config", "watched"))
@@ -221,7 +200,7 @@ def _observe(layer: Layer, x: jax.Array, *, config: ModelConfig, watched: tuple[
     scale = {"scale": jnp.ones(config.hidden_size)}
 
     def pass_through(layer: Layer) -> jax.Array:
-        return jnp.sum(_run(layer, scale, x, config=config)[0])
+        return jnp.sum(run_layer(layer, scale, x, config=config)[0])
 
     gradients = jax.grad(pass_through)(layer)
     found = []

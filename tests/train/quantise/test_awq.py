@@ -13,11 +13,12 @@ import pytest
 
 from qwen_jax.config import MoeConfig
 from qwen_jax.model import init
+from qwen_jax.one_layer import run_layer
 from qwen_jax.weights.load import ParamsCheckpoint, get_leaf
 from tests.infer import tiny
 from tests.train.quantise.test_gptq import inputs, output_error, seen
 from train.quantise import awq
-from train.quantise.layerwise import Quantiser, _run
+from train.quantise.layerwise import Quantiser
 from train.quantise.methods import Seen
 from train.quantise.stages import Matrices, stages
 
@@ -105,7 +106,7 @@ def test_folding_changes_nothing(name: str) -> None:
     params = init(config, jax.random.key(0))
     layer = jax.tree.map(lambda leaf: leaf[0] + 0.02, params["layers"])
     x, norm = jnp.asarray(rng.standard_normal((2, 24, 128)), jnp.float32), {"scale": jnp.ones(128)}
-    before = _run(layer, norm, x, config=config)[0]
+    before = run_layer(layer, norm, x, config=config)[0]
     matrices = Matrices(config)
     for stage in stages(config):
         width = matrices.get(layer, stage.groups[0][0]).shape[-1]
@@ -119,7 +120,7 @@ def test_folding_changes_nothing(name: str) -> None:
         if rows is not None:  # what the quantiser does to codes
             assert stage.producer is not None
             layer = matrices.with_matrix(layer, stage.producer, matrices.get(layer, stage.producer) / rows[..., None])
-    after = _run(layer, norm, x, config=config)[0]
+    after = run_layer(layer, norm, x, config=config)[0]
     assert float(jnp.max(jnp.abs(after - before))) < 2e-5 * float(jnp.max(jnp.abs(before)))
 
 
