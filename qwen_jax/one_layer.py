@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import Inputs, embed, forward, unembed
+from qwen_jax.model import Inputs, Params, embed, forward, unembed
 from qwen_jax.unstacked import Unstacked
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.load import load_layer, load_outside
@@ -25,15 +24,13 @@ def one_layer(config: ModelConfig, index: int) -> ModelConfig:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def embed_tokens(outside: Mapping[str, Any], tokens: jax.Array, *, config: ModelConfig) -> jax.Array:
+def embed_tokens(outside: Params, tokens: jax.Array, *, config: ModelConfig) -> jax.Array:
     """float32 [B, T, D] of tokens [B, T], given what is in no layer."""
     return embed(config, outside, Inputs.inference(tokens), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def run_layer(
-    layer: Mapping[str, Any], final_norm: Any, x: jax.Array, *, config: ModelConfig
-) -> tuple[jax.Array, jax.Array]:
+def run_layer(layer: Params, final_norm: Any, x: jax.Array, *, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """x [B, T, D] after the layer, and what the final norm makes of that; config: `one_layer`'s."""
     params = {"layers": Unstacked([layer]), "final_norm": final_norm}
     out = forward(config, params, Inputs.inference(x), return_layers=True, dtype=jnp.float32)
@@ -42,13 +39,12 @@ def run_layer(
 
 
 class Difference(NamedTuple):
-    """Of two models' logits over the same tokens: the largest and the mean magnitude of theirs and of ours - theirs,
-    and the share of tokens after which both find the same one likeliest."""
+    """How far two models' logits after the same tokens are apart."""
 
     largest: float
     mean: float
-    largest_logit: float
-    agreement: float
+    largest_logit: float  # the magnitude of theirs
+    agreement: float  # the share of tokens after which both find the same one likeliest
     tokens: int
 
 
@@ -57,7 +53,8 @@ def logit_difference(ours: Checkpoint, theirs: Checkpoint, tokens: np.ndarray) -
     found, wanted = (np.asarray(_logits(each, tokens)) for each in (ours, theirs))
     apart = np.abs(found - wanted)
     same = found.argmax(-1) == wanted.argmax(-1)
-    return Difference(*map(float, (apart.max(), apart.mean(), np.abs(wanted).max(), same.mean())), tokens.size)
+    largest, mean, largest_logit, agreement = map(float, (apart.max(), apart.mean(), np.abs(wanted).max(), same.mean()))
+    return Difference(largest, mean, largest_logit, agreement, tokens.size)
 
 
 def _logits(checkpoint: Checkpoint, tokens: np.ndarray) -> jax.Array:
