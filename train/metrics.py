@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import socket
-import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import record_writer
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
-from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
+from train import events
 from train.files import Appended, write_whole
 
 
@@ -32,11 +29,10 @@ class Recorder:
         self.path, self._say = folder / "metrics.jsonl", say
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
         write_whole(self.path, lambda file: file.writelines(json.dumps(line).encode() + b"\n" for line in kept))
-        events = folder / "tensorboard" / f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}"
-        self._lines, self._events = Appended(self.path), Appended(events)
-        self._events.write(_event(file_version="brain.Event:2"))
-        # those after `step` that there are have no effect any more
-        self._events.write(_event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}"
+        self._lines, self._events = Appended(self.path), Appended(folder / "tensorboard" / name)
+        self._events.write(events.header())
+        self._events.write(events.restart(step + 1))
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes values of a step; what is not finite, which JSON has no word for, as null."""
@@ -45,25 +41,13 @@ class Recorder:
         self._lines.write(json.dumps({"step": step} | dict.fromkeys(values) | finite).encode() + b"\n")
         if self._lines.waiting and not waited:
             self._say(f"metrics cannot be written to {self.path} now ({self._lines.fault}); training goes on.")
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
-        self._events.write(_event(step=step, summary=Summary(value=scalars)))
+        self._events.write(events.scalars(step, finite))
 
     def close(self) -> None:
         for log in (self._lines, self._events):
             log.close()
         if self._lines.waiting:
             self._say(f"the last lines of {self.path} could not be written ({self._lines.fault}).")
-
-
-def _event(**fields: Any) -> bytes:
-    """An event as TensorBoard reads it: TFRecord's length, its checksum, the event, its checksum."""
-    event = Event(wall_time=time.time(), **fields).SerializeToString()
-    length = struct.pack("<Q", len(event))
-    return b"".join((length, _checksum(length), event, _checksum(event)))
-
-
-def _checksum(data: bytes) -> bytes:
-    return struct.pack("<I", record_writer.masked_crc32c(data))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ The same file runs on one CPU, on several devices, and as several processes on a
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -68,12 +69,12 @@ def train(config: TrainConfig) -> int:
 
     from qwen_jax.local_path import cache_folder
     from qwen_jax.sharding import make_mesh
-    from qwen_jax.tokenizer import check_tokenizer, load_tokenizer
+    from qwen_jax.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
     from train import weights
     from train.batch import check_rows
     from train.checkpoint import Checkpoints
     from train.data.feed import Feed
-    from train.data.loader import make_loader
+    from train.data.loader import Batch, DataIterator, make_loader
     from train.files import write_whole
     from train.hooks import Evaluation, Guard, Profiler, Report, Saver, Stop
     from train.loop import Supply, loop
@@ -95,9 +96,7 @@ def train(config: TrainConfig) -> int:
     say = display.say
     with together():
         base = weights.base_of(config)
-        tokenizer = base.tokenizer() if base else load_tokenizer(config.model)
     model, objective = weights.architecture_of(config, base), config.objective
-    check_tokenizer(tokenizer, model)
     mesh = make_mesh(config.mesh, model=model)
     rows, length = config.data.batch_size, config.data.sequence_length
     check_rows(mesh, rows, config.step.accumulate)
@@ -110,32 +109,49 @@ def train(config: TrainConfig) -> int:
         watch = stack.enter_context(Watch(config.stop_grace, say))
         checkpoints = stack.enter_context(Checkpoints(config.out / "checkpoints", config.keep, say))
 
-        # --- data -----------------------------------------------------------------------------------------------------
-        watch.enter("opening the data")
+        # --- data, opened while the step is traced --------------------------------------------------------------------
         feed = Feed(objective.batch, mesh, rows, length)
-        with together():
-            data = stack.enter_context(make_loader(config.data, tokenizer, feed.rows))
-        eval_batches = []
+        eval_feed = None
         if config.eval_data:
             eval_feed = Feed(objective.batch, mesh, config.eval_data.batch_size, config.eval_data.sequence_length)
-            with together(), make_loader(config.eval_data, tokenizer, eval_feed.rows) as loader:
-                eval_batches = list(itertools.islice(loader, config.eval_batches))
 
-        # --- compilation, from shapes alone ---------------------------------------------------------------------------
+        def open_data() -> tuple[Tokenizer, list[Batch], DataIterator]:
+            tokenizer = base.tokenizer() if base else load_tokenizer(config.model)
+            check_tokenizer(tokenizer, model)
+            eval_batches = []
+            if config.eval_data and eval_feed:
+                with make_loader(config.eval_data, tokenizer, eval_feed.rows) as loader:
+                    eval_batches = list(itertools.islice(loader, config.eval_batches))
+            return tokenizer, eval_batches, make_loader(config.data, tokenizer, feed.rows)
+
+        thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+        opening = thread.submit(open_data)
+
+        # --- compilation, from shapes alone, while weights are read ---------------------------------------------------
         roles = None
         if config.adapter.is_used:  # whose base is of any kind, as reading it shows
             watch.enter("reading the weights")
             roles = weights.adapted(config, model, base, mesh)
-        watch.enter("compiling")
-        compile_began = time.perf_counter()
+        watch.enter("tracing the step")
         arguments = abstract_arguments(model, objective, config.optimizer, mesh, rows, length, roles)
         shapes, frozen_shapes = arguments[0], arguments[1] if roles else weights.as_stored(config, base, arguments[1])
         arguments = (shapes, frozen_shapes, *arguments[2:])
         step = jit_train_step(model, objective, config.optimizer, config.step, config.steps, mesh, arguments)
-        step = step.lower(*arguments).compile()
-        memory = step.memory_analysis()
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        say(f"compiled in {time.perf_counter() - compile_began:.0f} s; {needed / 2**30:.2f} GiB a device")
+        lowered = step.lower(*arguments)
+        watch.enter("opening the data")
+        with together():
+            tokenizer, eval_batches, data = opening.result()
+        stack.enter_context(data)
+
+        def compiled() -> jax.stages.Compiled:
+            compile_began = time.perf_counter()
+            step = lowered.compile()
+            memory = step.memory_analysis()
+            needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+            say(f"compiled in {time.perf_counter() - compile_began:.0f} s; {needed / 2**30:.2f} GiB a device")
+            return step
+
+        compiling = thread.submit(compiled)
 
         # --- state: the last checkpoint, or the weights to start from -------------------------------------------------
         watch.enter("reading the weights")
@@ -177,7 +193,7 @@ def train(config: TrainConfig) -> int:
         profiler = evaluation = None
         if config.profile_at is not None:
             profiler = Profiler(config.profile_at, done, config.out / "profile", say)
-        if eval_batches:
+        if eval_feed and eval_batches:
             everywhere = NamedSharding(mesh, PartitionSpec())
             measure = jax.jit(make_eval_step(model, objective, config.step), out_shardings=everywhere)
             evaluation = Evaluation(
@@ -187,6 +203,8 @@ def train(config: TrainConfig) -> int:
         guard, stop = Guard(config.out, say), Stop(watch)
         saver = Saver(checkpoints, run, config.checkpoint_every, done, data.get_state(), evaluation, report, watch)
         supply = Supply(data, feed, checkpoints.check_lease)
+        watch.enter("compiling")
+        step = compiling.result()
         display.start(done)
         stack.callback(display.stop)
         state, last = loop(

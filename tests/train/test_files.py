@@ -151,7 +151,9 @@ def test_metrics_wait_while_the_disk_is_full_and_none_is_lost(tmp_path):
         writer.write(record)
     writer.close()
     assert file.read_bytes() == (tmp_path / "again").read_bytes()
-    events = [event for event in map(event_pb2.Event.FromString, records) if event.summary.value]
+    first, restart, *events = map(event_pb2.Event.FromString, records)
+    assert first.file_version == "brain.Event:2" and abs(first.wall_time - time.time()) < 600
+    assert restart.step == 1 and restart.session_log.status == event_pb2.SessionLog.START
     assert [event.step for event in events] == list(range(1, 301))
     for event, line in zip(events, lines, strict=True):
         found = {value.tag: value.simple_value for value in event.summary.value}
