@@ -78,9 +78,10 @@ ADAPTERS = tuple(
 )
 
 # A copy of the model on each slice; as many rows a chip as on one.
+_ON_HOST = "residual@host,q@host,k@host,v@host,attention@host,o@host"
 SLICES = (
-    train("qwen2.5-72b", "2 x v5e-256", 256, 4096, data=2, fsdp=64, tensor=4),
-    train("qwen2.5-72b", "4 x v5p-128", 512, 4096, data=4, fsdp=32, tensor=4, remat="dots"),
+    train("qwen2.5-72b", "2 x v5e-256", 256, 4096, data=2, fsdp=128, tensor=2, remat=_ON_HOST),
+    train("qwen2.5-72b", "4 x v5p-128", 512, 4096, data=4, fsdp=64, tensor=2, remat="minimal"),
 )
 
 # MaxText's published settings: benchmarks/maxtext_trillium_model_configs.py (llama3_1_8b_8192: 4 rows a chip, FSDP, the

@@ -19,7 +19,7 @@ config = dataclasses.replace(
     small,
     architecture=dataclasses.replace(load_preset("qwen2.5-72b"), rope_theta=10_000.0, max_position_embeddings=4096),
     optimizer=OptimizerConfig(learning_rate=1.5e-4),
-    step=StepConfig(remat="dots", accumulate=8),
-    mesh=MeshConfig(fsdp=32, tensor=4),
+    step=StepConfig(remat="minimal", accumulate=8),
+    mesh=MeshConfig(fsdp=64, tensor=2),
     out=Path("runs/pretrain_72b"),
 )

@@ -209,8 +209,8 @@ def test_program_of_the_options() -> None:
 
 def test_an_experiment_is_compiled_as_it_stands() -> None:
     program = program_of(Compile(experiment="pretrain_72b", topology="v5p-128"))
-    assert (program.batch, program.accumulate, program.remat) == (1024, 8, "dots")
-    assert program.mesh == (("fsdp", 32), ("tensor", 4))
+    assert (program.batch, program.accumulate, program.remat) == (1024, 8, "minimal")
+    assert program.mesh == (("fsdp", 64), ("tensor", 2))
     assert program.config.num_layers == 80 and program.config.rope_theta == 10_000
     assert Program.from_json(program.to_json()) == program
 

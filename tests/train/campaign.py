@@ -106,7 +106,7 @@ class Campaign:
         self.experiment = folder / "experiment.py"
         self._tally_file, self._reference = folder / "tally.json", folder / "out"
         if not self._tally_file.exists():
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)  # one that was cut off before it had begun
             make_run(folder)
             self.experiment.write_text(self.experiment.read_text() + SETTINGS)
             status, text = run(self.experiment, "--export", f"{self._reference}-export")
