@@ -145,7 +145,7 @@ def tool_calls(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], *, para
         rules.append(f"call{i}: %json {json.dumps(schema, ensure_ascii=False)}")
     body = " | ".join(f"call{i}" for i in range(len(tools)))
     more = ' ("\\n" call)*' if parallel else ""
-    form = ["start: call" + more, 'call: <tool_call> "\\n" body "\\n" </tool_call>', f"body: {body}", *rules]
+    form = ["start: call" + more, f'call: {begin} "\\n" body "\\n" {end}', f"body: {body}", *rules]
     return lark("\n".join(form))
 
 

@@ -108,7 +108,7 @@ class RunningEngine:
                 self._max_waiting is not None
                 and len(requests) > self._max_waiting + self.engine.rows - self.num_unfinished
             ):
-                raise Full(f"{self.num_waiting} requests wait already; try again in a moment.")
+                raise Full(f"{self.num_unfinished} requests are being answered or wait; try again in a moment.")
             self._new += handles
             self._lock.notify()
         return handles
@@ -177,10 +177,11 @@ class RunningEngine:
         for request, text in self.engine.step():
             said[request] = said.get(request, "") + text
         for request, handle in list(self._handles.items()):
-            if request in said or request.is_over:
-                handle.put(Piece(said.get(request, ""), len(request.answer.tokens), request.is_over))
-            if request.is_over:
+            is_over = request.is_over
+            if is_over:  # before anybody hears of it, who may ask again at once
                 del self._handles[request]
+            if request in said or is_over:
+                handle.put(Piece(said.get(request, ""), len(request.answer.tokens), is_over))
 
 
 class Full(Exception):

@@ -39,6 +39,8 @@ log = logging.getLogger("qwen_jax")
 
 # What answers without a key.
 OPEN = {"/", "/health", "/ping", "/version", "/metrics", "/load"}
+# Bytes of a body too large that are still read, so that its sender hears why.
+DROPPED = 64 * 2**20
 _ERRORS: dict[int | str, Any] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 422, 429, 500, 503, 504)
 }
@@ -155,7 +157,7 @@ async def _embed(served: Served, metrics: Metrics, body: EmbeddingRequest, reque
 
     def prepare() -> list[Any]:
         made = [
-            engine.engine.request(text, qwen.sampling(temperature=0), answers=False, max_tokens=1) for text in inputs
+            engine.engine.request(text, qwen.sampling(temperature=0.0), answers=False, max_tokens=1) for text in inputs
         ]
         for asked in made:
             check_length(engine, asked.asked.prompt)
@@ -239,17 +241,17 @@ class Guard:
         return any([hmac.compare_digest(key, given) for key in self._keys for given in shown])
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        said = f"the body is larger than the {self._max_body} bytes that are read here."
+        """The whole body."""
+        body, size = b"", 0
         declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._max_body:
-            raise ApiError(413, said)
-        body = b""
+        is_too_large = declared.isdigit() and int(declared) > self._max_body
         while True:
             message = await receive()
-            if message["type"] == "http.disconnect":
-                return body
-            body += message.get("body", b"")
-            if len(body) > self._max_body:
-                raise ApiError(413, said)
-            if not message.get("more_body"):
+            is_last = message["type"] == "http.disconnect" or not message.get("more_body")
+            size += len(message.get("body", b""))
+            is_too_large |= size > self._max_body
+            body = b"" if is_too_large else body + message.get("body", b"")
+            if is_too_large and (is_last or size > DROPPED):
+                raise ApiError(413, f"the body is larger than the {self._max_body} bytes that are read here.")
+            if is_last:
                 return body
