@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
@@ -32,10 +33,18 @@ class Arguments(ModelArguments):
     """With --json: report each token's log-probability and this many likeliest alternatives."""
     json: bool = False
     """Print one JSON object per prompt instead of text."""
+    input: Path | None = None
+    """A file of prompts instead, one JSON object a line: {"prompt": text}, {"messages": [...]}, or OpenAI's batches."""
+    output: Path | None = None
+    """With --input: the file for their answers, one JSON object a line. Run again, the command goes on where it was."""
 
 
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Arguments, args=argv, prog="qwen-jax generate")
+    if (options.input is None) != (options.output is None) or (options.input and (options.prompts or options.json)):
+        raise InputError("--input and --output go together, and without prompts or --json.")
+    if options.input is not None and options.output is not None:
+        return _batch(options, options.input, options.output)
     prompts = list(options.prompts) or [sys.stdin.read()]
     if not all(prompt.strip() for prompt in prompts):
         raise InputError("the prompt is empty; give one as an argument or on standard input.")
@@ -47,6 +56,18 @@ def main(argv: Sequence[str]) -> int:
         if len(each) > 1 and not options.json:
             print(f"=== {name}")
         _answer(options, name, qwen, prompts)
+    return 0
+
+
+def _batch(options: Arguments, source: Path, out: Path) -> int:
+    from infer.batch import Settings, run
+
+    options.sampling.check()
+    qwen = options.load()
+    settings = options.sampling
+    how = Settings(settings.sampling(qwen), settings.max_tokens, settings.stop, options.system, options.raw)
+    if failed := run(qwen, source, out, how):
+        raise InputError(f"{failed} lines could not be answered; {out} says why, under error.")
     return 0
 
 
