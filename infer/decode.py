@@ -64,7 +64,13 @@ def choose(
 
     stop_ids: of all rows [n], or of each [B, n].
     """
-    logits = unembed(config, params, hidden)  # [B, V]
+    return choose_of(unembed(config, params, hidden), state, stop_ids, vocab_size=vocab_size, num_top=num_top)
+
+
+def choose_of(
+    logits: jax.Array, state: DecodeState, stop_ids: jax.Array, *, vocab_size: int, num_top: int
+) -> tuple[DecodeState, tuple[jax.Array, ...]]:
+    """As `choose`, from logits [B, V]."""
     # rows of the table beyond the tokenizer are padding: they have logits but no text
     logits = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab_size, logits, -jnp.inf)
     rows = state.rows

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer.decode import MAX_STEPS, DecodeState, Produced, bucket, decode
+from infer.engine.drafts import DRAFTED, Drafts
 from infer.engine.pages import PagePool, page_keys
-from infer.engine.programs import Scores, read
+from infer.engine.programs import Scores, read, verify
 from infer.sampling import Sampling, SamplingRows
 from infer.stops import AnswerText
 from infer.stream import NO_ID, TOP, Answer, Asked
@@ -44,6 +45,9 @@ class Counts:
     cached_tokens: int = 0
     """Of these, what was found in pages of earlier requests."""
     answer_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Of these, what came true."""
     preemptions: int = 0
     steps: int = 0
 
@@ -71,6 +75,7 @@ class Request:
     """Of each token of the prompt but the first, once it is read, where they are wanted."""
     hidden: np.ndarray | None = None
     """[D], the final hidden state of the prompt's last token, where no answer is wanted."""
+    drafts: Drafts = dataclasses.field(default_factory=Drafts)
     error: InputError | None = None
     """What ended it besides its own end."""
 
@@ -348,18 +353,39 @@ class Engine:
             request.prompt_logprobs += _prompt_tokens(scores, min(end, len(request.asked.prompt) - 1) - begin, request)
         if end == request.to_read and not request.asked.limit:
             request.hidden, request.answer.finish_reason = np.asarray(hidden, np.float32), "length"
-        return self._take([request], produced, 1) if last else []
+        return self._take([request], produced, [1]) if last else []
 
     def _decode(self) -> list[tuple[Request, str]]:
         ready = [request for request in self._running if request.held == request.to_read and not request.is_over]
         one_by_one = any(request.matcher or request.asked.sampling.needs_history for request in ready)
         steps = 1 if one_by_one else self._steps
+        drafts = [] if one_by_one else [request.drafts.after(request.tokens) for request in ready]
+        if any(drafts):
+            steps = 1 + DRAFTED
         ready = self._with_room(ready, steps)
         if not ready:
             return []
+        if any(drafts):
+            return self._verify(ready)
         produced, count, seen = self._run_decode(ready, steps)
         self._sampled = None if one_by_one else (ready, seen)
-        return self._take(ready, produced, count)
+        return self._take(ready, produced, [count] * len(ready))
+
+    def _verify(self, ready: list[Request]) -> list[tuple[Request, str]]:
+        """Decodes as many tokens as drafts foresee, and one more."""
+        drafts = [request.drafts.after(request.tokens) for request in ready]
+        produced = self._run_verify(ready, drafts)
+        tokens = np.asarray(produced.tokens)
+        counts = []
+        for row, (request, draft) in enumerate(zip(ready, drafts, strict=True)):
+            right = next((i for i, id in enumerate(draft) if tokens[row, i] != id), len(draft))
+            if draft:
+                request.drafts.learn(right)
+            counts.append(right + 1)
+        self.counts.drafted_tokens += sum(map(len, drafts))
+        self.counts.accepted_tokens += sum(counts) - len(counts)
+        self._sampled = None
+        return self._take(ready, produced, counts)
 
     def _with_room(self, ready: list[Request], steps: int) -> list[Request]:
         """Those that have pages for the tokens of a call, the youngest giving up theirs where there are too few."""
@@ -380,17 +406,17 @@ class Engine:
                 kept.append(request)
         return [request for request in kept if request in self._running]
 
-    def _take(self, requests: list[Request], produced: Produced, count: int) -> list[tuple[Request, str]]:
-        """Gives each request its new tokens, `count` at most."""
+    def _take(self, requests: list[Request], produced: Produced, counts: list[int]) -> list[tuple[Request, str]]:
+        """Gives each request its new tokens, as many at most as `counts` says."""
         tokens, logprobs, top_tokens, top_logprobs = (
-            np.asarray(x[:, :count]).tolist()
+            np.asarray(x[:, : max(counts)]).tolist()
             for x in (produced.tokens, produced.logprobs, produced.top_tokens, produced.top_logprobs)
         )
         pieces = []
         for row, request in enumerate(requests):
             answer, shown = request.answer, ""
             first = not answer.tokens
-            for i in range(count):
+            for i in range(counts[row]):
                 if request.is_over:
                     break
                 top = list(zip(top_tokens[row][i], top_logprobs[row][i], strict=True))[: request.num_top]
@@ -429,6 +455,26 @@ class Engine:
 
     def _run_decode(self, requests: list[Request], steps: int, rows: int = 1) -> tuple[Produced, int, SamplingRows]:
         """What up to `steps` steps give these requests, how many were taken, and what sampling has seen after them."""
+        state, stop_ids = self._state(requests, rows)
+        with self.qwen.entered():
+            state, produced, count = decode(self.qwen.params, state, np.int32(steps), stop_ids, **self._static)
+        assert isinstance(state.cache, PagedCache) and state.rows is not None
+        self._layers = state.cache.layers
+        return produced, int(count), state.rows
+
+    def _run_verify(self, requests: list[Request], drafts: list[list[int]], rows: int = 1) -> Produced:
+        state, stop_ids = self._state(requests, rows)
+        told = np.zeros((state.tokens.size, DRAFTED), np.int32)
+        for row, draft in enumerate(drafts):
+            told[row, : len(draft)] = draft
+        with self.qwen.entered():
+            state, produced = verify(self.qwen.params, state, told, stop_ids, **self._static)
+        assert isinstance(state.cache, PagedCache)
+        self._layers = state.cache.layers
+        return produced
+
+    def _state(self, requests: list[Request], rows: int) -> tuple[DecodeState, np.ndarray]:
+        """These requests, and as many more rows as it takes, as the programs see them, and their stop ids."""
         rows = max(bucket(max(len(requests), rows)), self.qwen.backend.min_decode_rows)
         text = AnswerText(self.qwen.tokenizer, (), frozenset(), 0)
         nobody = Request(Asked([0], Sampling(), 0, (), ()), 0, text, Answer(1))
@@ -444,13 +490,7 @@ class Engine:
             done=jnp.arange(rows) >= len(requests),
             rows=seen,
         )
-        with self.qwen.entered():
-            state, produced, count = decode(
-                self.qwen.params, state, np.int32(steps), self._stop_ids(all_rows), **self._static
-            )
-        assert isinstance(state.cache, PagedCache) and state.rows is not None
-        self._layers = state.cache.layers
-        return produced, int(count), state.rows
+        return state, self._stop_ids(all_rows)
 
     @property
     def _static(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from infer.decode import STATIC, DecodeState, Produced, choose
+from infer.decode import STATIC, DecodeState, Produced, choose, choose_of
 from infer.sampling import SamplingRows
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Inputs, Params, forward, unembed
@@ -57,6 +57,37 @@ def read(
     state = DecodeState(out.cache, zeros, zeros, zeros + 1, zeros > 0, rows)
     _, chosen = choose(hidden, state, stop_ids, config=config, params=params, vocab_size=vocab_size, num_top=num_top)
     return out.cache, Produced(*(x[:, None] for x in chosen)), scores, hidden[0]
+
+
+@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="state")
+def verify(
+    params: Params,
+    state: DecodeState,
+    drafts: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    config: ModelConfig,
+    vocab_size: int,
+    num_top: int,
+) -> tuple[DecodeState, Produced]:
+    """The tokens [B, k + 1] that would be chosen one after the other if each row went on as its drafts [B, k] do.
+
+    Up to the first that differs from its draft they are those of `decode`: sampling sees the same tokens before, seed
+    and step. What the cache holds beyond is overwritten later; the state's other parts are of no use beyond either.
+    """
+    tokens = jnp.concatenate([state.tokens[:, None], drafts], axis=1)
+    out = forward(config, params, Inputs.inference(tokens), cache=state.cache)
+
+    logits = unembed(config, params, out.hidden)  # at once, so that the head is read once
+
+    def one(state: DecodeState, logits: jax.Array) -> tuple[DecodeState, tuple[jax.Array, ...]]:
+        return choose_of(logits, state, stop_ids, vocab_size=vocab_size, num_top=num_top)
+
+    # the cache stays outside: a loop that carries it would copy it
+    begun = state.replace(cache=())
+    ended, produced = jax.lax.scan(one, begun, jnp.moveaxis(logits, 1, 0))
+    state = ended.replace(cache=out.cache)
+    return state, Produced(*(jnp.moveaxis(x, 0, 1) for x in produced))
 
 
 def _score(

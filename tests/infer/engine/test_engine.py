@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from infer.engine import Engine
+from infer.engine.drafts import Drafts
 from infer.qwen import Qwen
 from infer.sampling import Sampling
 from qwen_jax.config import DualChunk, ModelConfig, MoeConfig
@@ -171,3 +172,35 @@ def test_what_cannot_be(qwen: Qwen) -> None:
     with pytest.raises(InputError, match="a prompt is empty"):
         engine.add("")
     assert engine.is_idle
+
+
+def test_drafts_change_no_answer(qwen: Qwen) -> None:
+    """Texts that repeat themselves, greedy and drawn, with penalties and limits in the middle of a draft."""
+    again = "the rain in there when the other thing is inner " * 3
+    few = {"allowed_tokens": tuple(qwen.tokenizer.encode("qxz"))}  # so that the same comes again soon
+    samplings = [
+        Sampling(**few),
+        Sampling(temperature=0.3, seed=3, **few),
+        Sampling(repetition_penalty=1.3, frequency_penalty=0.05, **few),
+        Sampling(),
+    ]
+    engine = Engine(qwen, rows=4, **SMALL)
+    for limit in (40, 7):
+        wanted = qwen.generate([again] * 4, samplings, max_tokens=limit, top_logprobs=2)
+        found = engine.generate([again] * 4, samplings, max_tokens=limit, top_logprobs=2)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours.tokens, ours.text, ours.finish_reason) == (theirs.tokens, theirs.text, theirs.finish_reason)
+            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-4)
+    assert engine.counts.drafted_tokens > engine.counts.accepted_tokens > 10
+    engine.pool.check()
+
+
+def test_what_drafts_find() -> None:
+    drafts = Drafts()
+    assert drafts.after([1, 2, 3]) == []
+    assert drafts.after([1, 2, 3, 4, 5, 1, 2, 3]) == [4, 5, 1, 2, 3, 4, 5, 1]
+    drafts.learn(0)
+    assert drafts.after([1, 2, 3, 4, 5, 1, 2, 3, 4, 9, 1, 2, 3]) == [4, 9, 1, 2, 3, 4, 9, 1]  # the last time counts
+    drafts.learn(0)  # and what does not come true is left alone for a while
+    tokens = [1, 2, 3, 4, 9, 1, 2, 3]
+    assert drafts.after(tokens * 3) == [] and drafts.after(tokens * 8) != []
