@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,16 +77,17 @@ def verify(
     """
     tokens = jnp.concatenate([state.tokens[:, None], drafts], axis=1)
     out = forward(config, params, Inputs.inference(tokens), cache=state.cache)
-
     logits = unembed(config, params, out.hidden)  # at once, so that the head is read once
 
-    def one(state: DecodeState, logits: jax.Array) -> tuple[DecodeState, tuple[jax.Array, ...]]:
-        return choose_of(logits, state, stop_ids, vocab_size=vocab_size, num_top=num_top)
+    # the loop does not carry the cache, which would copy it
+    def one(carry: tuple[Any, ...], logits: jax.Array) -> tuple[tuple[Any, ...], tuple[jax.Array, ...]]:
+        state = DecodeState(out.cache, *carry)
+        state, chosen = choose_of(logits, state, stop_ids, vocab_size=vocab_size, num_top=num_top)
+        return (state.tokens, state.steps, state.limits, state.done, state.rows), chosen
 
-    # the cache stays outside: a loop that carries it would copy it
-    begun = state.replace(cache=())
+    begun = (state.tokens, state.steps, state.limits, state.done, state.rows)
     ended, produced = jax.lax.scan(one, begun, jnp.moveaxis(logits, 1, 0))
-    state = ended.replace(cache=out.cache)
+    state = DecodeState(out.cache, *ended)
     return state, Produced(*(jnp.moveaxis(x, 0, 1) for x in produced))
 
 
