@@ -119,7 +119,7 @@ class Checkpoints:
 
     def _went_well(self, error: Exception | None) -> bool:
         """Whether no process failed to write; else says why, and clears what was begun away."""
-        reasons = [reason for reason in gather(error and _reason(error)) if reason]
+        reasons = [reason for reason in gather(error and reason_of(error)) if reason]
         if not reasons:
             return True
         self._failed = True
@@ -185,7 +185,7 @@ class Checkpoints:
             with together():
                 if isinstance(error, Failure):
                     raise error
-            found = gather(error and [_may_pass(error), _reason(error)])
+            found = gather(error and [may_pass(error), reason_of(error)])
             faults = [fault for fault in found if fault]
             if not faults:
                 return restored
@@ -227,8 +227,8 @@ class Checkpoints:
         self._open()
 
 
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether what a read raised may be gone at the next one: anything but missing or senseless files."""
+def may_pass(error: BaseException | None) -> bool:
+    """Whether what reading or writing raised may be gone the next time: anything but missing or senseless files."""
     while error is not None:
         number = _errno(error)
         if number is not None:
@@ -245,7 +245,8 @@ def _errno(error: BaseException) -> int | None:
     return int(code[1]) if code else getattr(error, "errno", None)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Why something could not be read or written, in a few words."""
     number = _errno(error)
     return os.strerror(number).lower() if number else f"{type(error).__name__}: {error}".splitlines()[0][:100]
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import InputError
+from qwen_jax.errors import EnvironmentFailed, InputError
 from qwen_jax.model import param_shardings
 from qwen_jax.presets import load_preset
 from qwen_jax.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ from qwen_jax.weights.load import ParamsCheckpoint, load_params
 from qwen_jax.weights.open import open_checkpoint
 from qwen_jax.weights.peft import MergedCheckpoint, save_adapter
 from train import adapter
+from train.checkpoint import may_pass, reason_of
 from train.config import TrainConfig
 from train.files import write_whole
 from train.optimizer import merge_frozen, path_name
@@ -141,8 +142,15 @@ def write(
     # a layer to a chunk: who reads one layer, as the export does, need not read all
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(), params)
     chunks["layers"] = jax.tree.map(lambda _: ocp.SaveArgs(shard_axes=(0,)), chunks["layers"])
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(final, params, save_args=chunks, force=True)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(final, params, save_args=chunks, force=True)
+    except Exception as error:
+        if not may_pass(error):
+            raise
+        raise EnvironmentFailed(
+            f"{final} could not be written ({reason_of(error)}); free some space, then run the same command again."
+        ) from error
     with together():
         if jax.process_index() == 0:
             write_config(ParamsCheckpoint(params, model, base), final, "float32")

@@ -109,9 +109,8 @@ def test_a_damaged_checkpoint_is_set_aside(experiment):
     assert_same_run(experiment, folder)
 
 
-@pytest.mark.slow
-def test_a_full_disk_costs_nothing_but_the_new_checkpoints(experiment):
-    folder, arguments = copy_of_run(experiment, "full", without=("12",))
+def run_on_full_disk(experiment, *arguments):
+    """Status and messages of a run whose files may have 50 kB."""
     limited = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
@@ -123,18 +122,36 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 75, done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_nothing_but_the_new_checkpoints(experiment):
+    folder, arguments = copy_of_run(experiment, "full", without=("12",))
+    status, text = run_on_full_disk(experiment, *arguments)
+    assert status == 75, text
     assert (
         "a checkpoint could not be written (file too large); training goes on, and the last good one is that of step 9."
-        in done.stderr
+        in text
     )
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in text
     assert (
-        done.stderr.rstrip()
+        text.rstrip()
         .splitlines()[-1]
         .startswith("qwen-jax: the last checkpoint could not be written, and the last good one is")
     )
     assert names(folder) == ["9"]
+    status, text = run(experiment, *arguments)
+    assert status == 0, text
+    assert_same_run(experiment, folder)
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_more_than_the_final_weights(experiment):
+    folder, arguments = copy_of_run(experiment, "full at the end")
+    shutil.rmtree(folder / "final")
+    status, text = run_on_full_disk(experiment, *arguments)
+    assert status == 75, text
+    assert "final could not be written (file too large); free some space" in text and "Traceback" not in text
     status, text = run(experiment, *arguments)
     assert status == 0, text
     assert_same_run(experiment, folder)
