@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from infer.engine import Engine, RunningEngine
+from infer.engine import Engine, RunningEngine, Stopped
 from infer.qwen import Qwen
 from infer.sampling import Sampling
-from qwen_jax.errors import InputError
+from qwen_jax.errors import EnvironmentFailed, InputError
+
+if TYPE_CHECKING:
+    from infer.server.metrics import Metrics
+    from infer.server.served import Served
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +38,8 @@ def run(qwen: Qwen, source: Path, out: Path, settings: Settings, *, rows: int = 
 
     A line is {"prompt": text} or {"messages": [...]}, which comes back with its answer, or one of OpenAI's batches
     ({"custom_id", "url", "body"}), which comes back as OpenAI's. Lines that `out` has already are not answered again.
-    Raises InputError for a file that cannot be read or written, or whose lines are no JSON objects.
+    Raises InputError for a file that cannot be read, or whose lines are no JSON objects, and EnvironmentFailed where
+    answers cannot be written.
     """
     lines = list(_lines(source))
     done = _answered(out, len(lines))
@@ -45,7 +51,7 @@ def _lines(source: Path) -> Iterator[dict[str, Any]]:
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{source} cannot be read: {error}; it should hold one JSON object a line.") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -75,7 +81,7 @@ async def _run(qwen: Qwen, lines: list[dict[str, Any]], out: Path, done: int, se
     from rich.progress import track
 
     running = RunningEngine(Engine(qwen, rows=rows))
-    answer = _answering(qwen, running, settings)
+    answer = _Answers(qwen, running, settings)
     failed = 0
     try:
         with out.open("a", encoding="utf-8") as file:
@@ -89,7 +95,9 @@ async def _run(qwen: Qwen, lines: list[dict[str, Any]], out: Path, done: int, se
                 file.write(json.dumps(found, ensure_ascii=False) + "\n")
                 file.flush()
     except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}; the same command goes on from there.") from error
+        raise EnvironmentFailed(
+            f"{out} cannot be written ({error.strerror}); free some space, and the same command goes on from there."
+        ) from error
     finally:
         await asyncio.to_thread(running.stop)
     return failed
@@ -110,14 +118,19 @@ async def _in_order(
             task.cancel()
 
 
-def _answering(
-    qwen: Qwen, running: RunningEngine, settings: Settings
-) -> Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]:
-    """The function that answers one line."""
+class _Answers:
+    """What answers one line."""
 
-    async def plain(record: dict[str, Any]) -> dict[str, Any]:
+    def __init__(self, qwen: Qwen, running: RunningEngine, settings: Settings) -> None:
+        self._qwen, self._running, self._settings = qwen, running, settings
+
+    async def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        return await (self._openai(record) if "body" in record else self._plain(record))
+
+    async def _plain(self, record: dict[str, Any]) -> dict[str, Any]:
+        qwen, settings = self._qwen, self._settings
         try:
-            handle = running.submit(
+            handle = self._running.submit(
                 _prompt(qwen, record, settings),
                 settings.sampling,
                 max_tokens=settings.max_tokens,
@@ -126,22 +139,60 @@ def _answering(
             )
             async for _ in handle:
                 pass
+        except Stopped:  # no fault of this line
+            raise
         except InputError as error:
             return record | {"answer": None, "error": str(error)}
         found = handle.request.answer
         counts = {"prompt_tokens": found.prompt_tokens, "answer_tokens": len(found.tokens)}
         return record | {"answer": found.text, "finish_reason": found.finish_reason, **counts}
 
-    openai: list[Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = []
+    @functools.cached_property
+    def _routes(self) -> tuple[Served, Metrics, dict[str, tuple[Any, Any]]]:
+        """The server's own, by their paths. Raises InputError where what a server needs is not installed."""
+        try:
+            from infer.server import chats, completions
+            from infer.server.metrics import Metrics
+            from infer.server.protocol import ChatRequest, CompletionRequest
+            from infer.server.served import Limits, Served
+        except ImportError as error:
+            raise InputError(f"lines of OpenAI's batches need {error.name}: pip install 'qwen-jax[serve]'.") from error
+        engines = {"model": self._running}
+        routes = {
+            "/v1/chat/completions": (ChatRequest, chats.chat),
+            "/v1/completions": (CompletionRequest, completions.complete),
+        }
+        return Served(engines, Limits(timeout=float("inf"))), Metrics(engines), routes
 
-    async def answer(record: dict[str, Any]) -> dict[str, Any]:
-        if "body" not in record:
-            return await plain(record)
-        if not openai:  # which needs what a server needs
-            openai.append(_openai(running))
-        return await openai[0](record)
+    async def _openai(self, record: dict[str, Any]) -> dict[str, Any]:
+        served, metrics, routes = self._routes
+        from infer.server.errors import ApiError, as_api_error
 
-    return answer
+        try:
+            kind, route = routes.get(record.get("url", "/v1/chat/completions"), (None, None))
+            if kind is None or not isinstance(record["body"], dict):
+                raise ApiError(404, f"a batch may ask {' and '.join(routes)}, with an object as body.")
+            body = kind.model_validate(record["body"] | {"model": "model", "stream": False})
+            response = await route(served, metrics, body, _Nobody())
+            status, told = response.status_code, json.loads(response.body)
+        except Stopped:
+            raise
+        except Exception as error:
+            refused = as_api_error(error)
+            status, told = refused.status, refused.body
+        return {
+            "id": f"batch_req_{record.get('custom_id')}",
+            "custom_id": record.get("custom_id"),
+            "response": {"status_code": status, "request_id": "", "body": told},
+            "error": told.get("error"),
+        }
+
+
+class _Nobody:
+    """A client that never hangs up."""
+
+    async def receive(self) -> dict[str, Any]:
+        return await asyncio.Future()
 
 
 def _prompt(qwen: Qwen, record: dict[str, Any], settings: Settings) -> list[int]:
@@ -154,55 +205,3 @@ def _prompt(qwen: Qwen, record: dict[str, Any], settings: Settings) -> list[int]
     if qwen.is_chat_model and not settings.raw:
         return qwen.chat_prompt([*before, {"role": "user", "content": prompt}])
     return qwen.tokenizer.encode(prompt)
-
-
-def _openai(running: RunningEngine) -> Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]:
-    """What answers a line of OpenAI's batches, as the server does."""
-    try:
-        from pydantic import ValidationError
-
-        from infer.server import chats, completions
-        from infer.server.errors import ApiError, as_api_error
-        from infer.server.metrics import Metrics
-        from infer.server.protocol import ChatRequest, CompletionRequest
-        from infer.server.served import Limits, Served
-    except ImportError as error:
-        raise InputError(f"lines of OpenAI's batches need {error.name}: pip install 'qwen-jax[serve]'.") from error
-    engines = {"model": running}
-    served, metrics = Served(engines, Limits(timeout=float("inf"))), Metrics(engines)
-    routes: dict[str, tuple[Any, Any]] = {
-        "/v1/chat/completions": (ChatRequest, chats.chat),
-        "/v1/completions": (CompletionRequest, completions.complete),
-    }
-
-    class Nobody:
-        """Who never hangs up."""
-
-        async def receive(self) -> dict[str, Any]:
-            return await asyncio.Future()
-
-    async def answer(record: dict[str, Any]) -> dict[str, Any]:
-        try:
-            kind, route = routes.get(record.get("url", "/v1/chat/completions"), (None, None))
-            if kind is None or not isinstance(record["body"], dict):
-                raise ApiError(404, f"a batch may ask {' and '.join(routes)}, with an object as body.")
-            try:
-                body = kind.model_validate(record["body"] | {"model": "model", "stream": False})
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(map(str, first["loc"]))
-                raise ApiError(400, f"{where}: {first['msg'].removeprefix('Value error, ')}.") from error
-            response = await route(served, metrics, body, Nobody())
-            status, told = response.status_code, json.loads(response.body)
-        except Exception as error:
-            refused = as_api_error(error)
-            status, told = refused.status, refused.body
-        failure = told.get("error")
-        return {
-            "id": f"batch_req_{record.get('custom_id')}",
-            "custom_id": record.get("custom_id"),
-            "response": {"status_code": status, "request_id": "", "body": told},
-            "error": failure,
-        }
-
-    return answer

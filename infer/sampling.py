@@ -148,7 +148,7 @@ class SamplingRows(flax.struct.PyTreeNode):
             for i, (id, bias) in enumerate(s.logit_bias):
                 columns["bias_ids"][row, i], columns["biases"][row, i] = id, bias
         allowed = [allowed_next(s, p + a, vocab_size) for s, p, a in zip(samplings, prompts, answers, strict=True)]
-        first = [_packed(set(s.begin_suppress_tokens), vocab_size) for s in samplings]
+        first = [_without(set(s.begin_suppress_tokens), vocab_size) for s in samplings]
         columns |= {"allowed": np.stack(allowed), "allowed_first": np.stack(first)}
         masked = np.zeros(len(prompts), bool)
         for row, mask in enumerate(masks):
@@ -173,17 +173,17 @@ class SamplingRows(flax.struct.PyTreeNode):
 
 def allowed_next(sampling: Sampling, tokens: list[int], vocab_size: int) -> np.ndarray:
     """Which of the V tokens may follow `tokens`, as bits of uint32 [ceil(V / 32)]."""
-    banned = {*sampling.suppress_tokens, *sampling.banned_after(tokens)}
+    words = _without({*sampling.suppress_tokens, *sampling.banned_after(tokens)}, vocab_size)
     if sampling.allowed_tokens:
-        banned |= set(range(vocab_size)).difference(sampling.allowed_tokens)
-    return _packed(banned, vocab_size)
+        words &= ~_without(set(sampling.allowed_tokens), vocab_size)
+    return words
 
 
-def _packed(banned: set[int], vocab_size: int) -> np.ndarray:
-    """Every bit set but those of `banned`."""
+def _without(ids: set[int], vocab_size: int) -> np.ndarray:
+    """Bits of uint32 [ceil(V / 32)], every one set but those of `ids`."""
     words = np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
-    ids = np.array([id for id in banned if 0 <= id < vocab_size], np.int64)
-    np.bitwise_and.at(words, ids // 32, ~(np.uint32(1) << (ids % 32).astype(np.uint32)))
+    inside = np.array([id for id in ids if 0 <= id < vocab_size], np.int64)
+    np.bitwise_and.at(words, inside // 32, ~(np.uint32(1) << (inside % 32).astype(np.uint32)))
     return words
 
 

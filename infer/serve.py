@@ -51,8 +51,10 @@ class Arguments(ModelArguments):
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Arguments, args=list(argv), prog="qwen-jax serve")
     try:
-        import fastapi  # noqa: F401
         import uvicorn
+
+        from infer.server.app import create_app
+        from infer.server.served import Limits, Served
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; serving needs it: pip install 'qwen-jax[serve]'.") from error
     if not 0 <= options.port < 2**16:
@@ -63,8 +65,6 @@ def main(argv: Sequence[str]) -> int:
     from rich.progress import track
 
     from infer.engine import Engine, RunningEngine
-    from infer.server.app import create_app
-    from infer.server.served import Limits, Served
 
     logging.getLogger("qwen_jax").setLevel(logging.INFO)
     each = options.load_each()

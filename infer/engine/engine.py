@@ -7,16 +7,17 @@ import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from infer.decode import MAX_STEPS, DecodeState, Produced, bucket, decode
-from infer.engine.drafts import DRAFTED, Drafts
+from infer.engine.drafts import DRAFTED
 from infer.engine.pages import PagePool, page_keys
 from infer.engine.programs import Scores, read, verify
+from infer.engine.request import PromptToken, Request
 from infer.sampling import Sampling, SamplingRows
 from infer.stops import AnswerText
 from infer.stream import NO_ID, TOP, Answer, Asked
@@ -25,16 +26,9 @@ from qwen_jax.errors import InputError
 from qwen_jax.paged_cache import PagedCache, paged_cache
 
 if TYPE_CHECKING:
-    from infer.grammar import Grammar, Matcher
+    from infer.grammar import Grammar
     from infer.qwen import Prompts, Qwen
     from qwen_jax.model import Params
-
-
-class PromptToken(NamedTuple):
-    """A token of a prompt: its log-probability after those before, and the likeliest there."""
-
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 @dataclasses.dataclass
@@ -50,47 +44,6 @@ class Counts:
     """Of these, what came true."""
     preemptions: int = 0
     steps: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """One prompt and its answer. The lists of ids, and `held`, are all that there is to know to go on anywhere."""
-
-    asked: Asked
-    num_top: int
-    text: AnswerText
-    answer: Answer
-    pages: list[int] = dataclasses.field(default_factory=list)
-    held: int = 0
-    """Tokens whose keys and values lie in the pages."""
-    keys: list[bytes] = dataclasses.field(default_factory=list)
-    """Of the whole pages so far."""
-    cached: int = 0
-    """Tokens of the prompt that were found in pages of earlier requests."""
-    cancelled: bool = False
-    matcher: Matcher | None = None
-    """What the answer may go on with, where it has to have a form."""
-    wants_prompt_logprobs: bool = False
-    prompt_logprobs: list[PromptToken] = dataclasses.field(default_factory=list)
-    """Of each token of the prompt but the first, once it is read, where they are wanted."""
-    hidden: np.ndarray | None = None
-    """[D], the final hidden state of the prompt's last token, where no answer is wanted."""
-    drafts: Drafts = dataclasses.field(default_factory=Drafts)
-    error: InputError | None = None
-    """What ended it besides its own end."""
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.asked.prompt + self.answer.tokens
-
-    @property
-    def to_read(self) -> int:
-        """Tokens that have to be in the cache before the next one is chosen, but for the last of an answer."""
-        return len(self.asked.prompt) + max(0, len(self.answer.tokens) - 1)
-
-    @property
-    def is_over(self) -> bool:
-        return self.cancelled or self.error is not None or self.answer.finish_reason is not None
 
 
 class Engine:
@@ -144,6 +97,8 @@ class Engine:
         self._sampled: tuple[list[Request], SamplingRows] | None = None  # the rows of the last call, and what they saw
         self._read_short = False
         self.counts = Counts()
+        self.compiled: set[tuple[Any, ...]] = set()
+        """Which programs have run, by their names and shapes."""
 
     @property
     def capacity(self) -> int:
@@ -223,11 +178,11 @@ class Engine:
             functools.partial(self._run_read, nobody, np.zeros((1, length), np.int32), 1, None)
             for length in sorted(lengths)
         ]
-        decodes = [
-            functools.partial(self._run_decode, [], 0, rows)
-            for rows in sorted({bucket(rows) for rows in range(1, self.rows + 1)})
-        ]
-        return [program for pair in itertools.zip_longest(reads, decodes) for program in pair if program]
+        rows = sorted({bucket(rows) for rows in range(1, self.rows + 1)})
+        decodes = [functools.partial(self._run_decode, [], 0, count) for count in rows]
+        verifies = [functools.partial(self._run_verify, [], [], count) for count in rows]
+        each = itertools.zip_longest(reads, decodes, verifies)
+        return [program for some in each for program in some if program]
 
     def cancel(self, request: Request) -> None:
         """Ends a request, whose answer stays what it is; its pages are free with the next step."""
@@ -337,8 +292,6 @@ class Engine:
         end = min(begin + self._piece - begin % self._piece, request.to_read)
         tokens = np.zeros((1, bucket(end - begin, min(64, self._piece))), np.int32)
         tokens[0, : end - begin] = request.tokens[begin:end]
-        last = end == request.to_read and not request.answer.tokens and request.asked.limit > 0
-        # a token is chosen in any case, so that one program reads every piece
         targets = None
         if request.wants_prompt_logprobs and not request.answer.tokens:
             following = request.asked.prompt[begin + 1 : end + 1]
@@ -353,27 +306,28 @@ class Engine:
             request.prompt_logprobs += _prompt_tokens(scores, min(end, len(request.asked.prompt) - 1) - begin, request)
         if end == request.to_read and not request.asked.limit:
             request.hidden, request.answer.finish_reason = np.asarray(hidden, np.float32), "length"
-        return self._take([request], produced, [1]) if last else []
+        # a token is chosen after every piece, so that one program reads them all
+        is_first = end == request.to_read and not request.answer.tokens and request.asked.limit > 0
+        return self._take([request], produced, [1]) if is_first else []
 
     def _decode(self) -> list[tuple[Request, str]]:
         ready = [request for request in self._running if request.held == request.to_read and not request.is_over]
         one_by_one = any(request.matcher or request.asked.sampling.needs_history for request in ready)
         steps = 1 if one_by_one else self._steps
-        drafts = [] if one_by_one else [request.drafts.after(request.tokens) for request in ready]
-        if any(drafts):
+        drafts = {} if one_by_one else {request: request.drafts.after(request.tokens) for request in ready}
+        if is_drafted := any(drafts.values()):
             steps = 1 + DRAFTED
         ready = self._with_room(ready, steps)
         if not ready:
             return []
-        if any(drafts):
-            return self._verify(ready)
+        if is_drafted:
+            return self._verify(ready, [drafts[request] for request in ready])
         produced, count, seen = self._run_decode(ready, steps)
         self._sampled = None if one_by_one else (ready, seen)
         return self._take(ready, produced, [count] * len(ready))
 
-    def _verify(self, ready: list[Request]) -> list[tuple[Request, str]]:
+    def _verify(self, ready: list[Request], drafts: list[list[int]]) -> list[tuple[Request, str]]:
         """Decodes as many tokens as drafts foresee, and one more."""
-        drafts = [request.drafts.after(request.tokens) for request in ready]
         produced = self._run_verify(ready, drafts)
         tokens = np.asarray(produced.tokens)
         counts = []
@@ -439,14 +393,17 @@ class Engine:
     def _run_read(
         self, request: Request, tokens: np.ndarray, count: int, targets: np.ndarray | None
     ) -> tuple[Produced, Scores | None, jax.Array]:
+        cache = self._cache([request], 1)
+        stop_ids = self._stop_ids([request])
+        self.compiled.add(("read", tokens.size, cache.tables.shape, stop_ids.shape, targets is not None))
         with self.qwen.entered():
             cache, produced, scores, hidden = read(
                 self.qwen.params,
-                self._cache([request], 1),
+                cache,
                 tokens,
                 np.int32(count),
                 self._sampling([request]),
-                self._stop_ids([request]),
+                stop_ids,
                 targets,
                 **self._static,
             )
@@ -455,7 +412,7 @@ class Engine:
 
     def _run_decode(self, requests: list[Request], steps: int, rows: int = 1) -> tuple[Produced, int, SamplingRows]:
         """What up to `steps` steps give these requests, how many were taken, and what sampling has seen after them."""
-        state, stop_ids = self._state(requests, rows)
+        state, stop_ids = self._state("decode", requests, rows)
         with self.qwen.entered():
             state, produced, count = decode(self.qwen.params, state, np.int32(steps), stop_ids, **self._static)
         assert isinstance(state.cache, PagedCache) and state.rows is not None
@@ -463,7 +420,7 @@ class Engine:
         return produced, int(count), state.rows
 
     def _run_verify(self, requests: list[Request], drafts: list[list[int]], rows: int = 1) -> Produced:
-        state, stop_ids = self._state(requests, rows)
+        state, stop_ids = self._state("verify", requests, rows)
         told = np.zeros((state.tokens.size, DRAFTED), np.int32)
         for row, draft in enumerate(drafts):
             told[row, : len(draft)] = draft
@@ -473,8 +430,8 @@ class Engine:
         self._layers = state.cache.layers
         return produced
 
-    def _state(self, requests: list[Request], rows: int) -> tuple[DecodeState, np.ndarray]:
-        """These requests, and as many more rows as it takes, as the programs see them, and their stop ids."""
+    def _state(self, program: str, requests: list[Request], rows: int) -> tuple[DecodeState, np.ndarray]:
+        """These requests, and as many more rows as it takes, as a program sees them, and their stop ids."""
         rows = max(bucket(max(len(requests), rows)), self.qwen.backend.min_decode_rows)
         text = AnswerText(self.qwen.tokenizer, (), frozenset(), 0)
         nobody = Request(Asked([0], Sampling(), 0, (), ()), 0, text, Answer(1))
@@ -482,15 +439,18 @@ class Engine:
         seen = self._sampled[1] if self._sampled and self._sampled[0] == requests else None
         if seen is None or seen.seed.size != rows:
             seen = self._sampling(all_rows)
+        cache = self._cache(all_rows, rows)
+        stop_ids = self._stop_ids(all_rows)
+        self.compiled.add((program, cache.tables.shape, stop_ids.shape))
         state = DecodeState(
-            cache=self._cache(all_rows, rows),
+            cache=cache,
             tokens=jnp.array([request.tokens[-1] for request in all_rows], jnp.int32),
             steps=jnp.array([len(request.answer.tokens) for request in all_rows], jnp.int32),
             limits=jnp.array([request.asked.limit for request in all_rows], jnp.int32),
             done=jnp.arange(rows) >= len(requests),
             rows=seen,
         )
-        return state, self._stop_ids(all_rows)
+        return state, stop_ids
 
     @property
     def _static(self) -> dict[str, Any]:

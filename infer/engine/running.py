@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from infer.engine.engine import Engine, Request
+from infer.engine.engine import Engine
+from infer.engine.request import Request
 from infer.sampling import Sampling
 from qwen_jax.errors import InputError
 from qwen_jax.model import Params
@@ -43,7 +44,7 @@ class Handle:
         self.request.cancelled = True
 
     def __iter__(self) -> Iterator[Piece]:
-        """Raises InputError where the request failed."""
+        """Raises what ended the request besides itself: InputError for logits that are not finite, or Stopped."""
         while True:
             piece = self._pieces.get()
             yield piece
@@ -52,7 +53,7 @@ class Handle:
         self._raise()
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        """Raises InputError where the request failed."""
+        """Raises what ended the request besides itself: InputError for logits that are not finite, or Stopped."""
         while True:
             piece = await self._loops_pieces.get()
             yield piece
@@ -95,15 +96,16 @@ class RunningEngine:
     # --- from any thread ----------------------------------------------------------------------------------------------
 
     def submit(self, prompt: Any, sampling: Sampling | None = None, **kwargs: Any) -> Handle:
-        """Queues a prompt, arguments as `Engine.request`. Raises InputError where it never fits, and Full."""
+        """Queues a prompt, arguments as `Engine.request`. Raises InputError where it never fits, Full, and
+        Stopped."""
         return self.enqueue([self.engine.request(prompt, sampling, **kwargs)])[0]
 
     def enqueue(self, requests: list[Request]) -> list[Handle]:
-        """Queues all of these, or raises Full."""
+        """Queues all of these. Raises Full, and Stopped."""
         handles = [Handle(self, request) for request in requests]
         with self._lock:
             if self.failure or self._stopped:
-                raise InputError(f"the engine has stopped: {self.failure or 'it was told to'}.")
+                raise self._stopped_because()
             if (
                 self._max_waiting is not None
                 and len(requests) > self._max_waiting + self.engine.rows - self.num_unfinished
@@ -119,7 +121,7 @@ class RunningEngine:
 
     @property
     def num_waiting(self) -> int:
-        return self.num_unfinished - self.engine.num_running
+        return max(0, self.num_unfinished - self.engine.num_running)
 
     def replace_params(self, params: Params) -> None:
         """Goes on with other weights after the step that runs: see `Engine.replace_params`."""
@@ -152,9 +154,12 @@ class RunningEngine:
                 self._stopped = True
                 self._lock.notify_all()
                 for handle in [*self._handles.values(), *self._new]:
-                    handle.request.error = InputError(f"the engine has stopped: {self.failure or 'it was told to'}.")
+                    handle.request.error = self._stopped_because()
                     handle.put(Piece("", len(handle.request.answer.tokens), is_over=True))
                 self._handles, self._new = {}, []
+
+    def _stopped_because(self) -> Stopped:
+        return Stopped(f"the engine has stopped: {self.failure or 'it was told to'}.")
 
     def _take_word(self) -> bool:
         """Takes in what others want, waiting where there is nothing to do."""
@@ -182,6 +187,10 @@ class RunningEngine:
                 del self._handles[request]
             if request in said or is_over:
                 handle.put(Piece(said.get(request, ""), len(request.answer.tokens), is_over))
+
+
+class Stopped(InputError):
+    """The engine runs no more."""
 
 
 class Full(Exception):

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -154,7 +154,7 @@ def called(deltas: Sequence[Delta]) -> list[dict[str, Any]]:
 
 async def _stream(
     served: Served, metrics: Metrics, body: ChatRequest, talks: list[Talk], head: Mapping[str, Any]
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     handles = [talk.handle for talk in talks]
     tokenizer = handles[0].engine.engine.qwen.tokenizer
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from infer.engine import Handle, Piece
+from infer.engine import Handle, Piece, Stopped
 from infer.server.errors import ApiError, as_api_error, event
 from infer.server.metrics import Metrics
+from qwen_jax.errors import InputError
 from qwen_jax.tokenizer import Tokenizer
 
 # What stands for a log-probability of minus infinity, which is no JSON.
@@ -29,8 +30,10 @@ async def pieces(handles: Sequence[Handle], timeout: float, metrics: Metrics) ->
         try:
             async for piece in handle:
                 news.put_nowait((index, piece))
-        except Exception as error:
+        except Stopped as error:
             news.put_nowait(error)
+        except InputError as error:  # of the model, not of what was asked
+            news.put_nowait(ApiError(500, str(error), type="server_error"))
 
     tasks = [asyncio.create_task(listen(i, handle)) for i, handle in enumerate(handles)]
     watches = [metrics.watch(handle) for handle in handles]
@@ -77,15 +80,14 @@ async def finished(
                 await task
 
 
-def streamed(events: AsyncIterator[str]) -> StreamingResponse:
+def streamed(events: AsyncGenerator[str]) -> StreamingResponse:
     """Server-sent events; what goes wrong after the first is told as one, and comments keep a slow stream alive."""
 
     async def guarded() -> AsyncIterator[str]:
-        source = aiter(events)
         coming: asyncio.Future[str] | None = None
         try:
             while True:
-                coming = coming or asyncio.ensure_future(anext(source))
+                coming = coming or asyncio.ensure_future(anext(events))
                 done, _ = await asyncio.wait({coming}, timeout=PING)
                 if not done:
                     yield ": ping\n\n"
@@ -103,7 +105,7 @@ def streamed(events: AsyncIterator[str]) -> StreamingResponse:
                 coming.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await coming
-            await events.aclose()  # type: ignore[attr-defined]
+            await events.aclose()
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(guarded(), media_type="text/event-stream; charset=utf-8", headers=headers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import Request
@@ -15,7 +15,7 @@ from infer.server.choices import LEAST, finished, pieces, shown, streamed, usage
 from infer.server.errors import event
 from infer.server.metrics import Metrics
 from infer.server.protocol import CompletionRequest
-from infer.server.served import Served, first_text, grammar_of
+from infer.server.served import Served, grammar_of
 from qwen_jax.errors import InputError
 
 
@@ -24,7 +24,7 @@ async def complete(served: Served, metrics: Metrics, body: CompletionRequest, re
     qwen = engine.engine.qwen
 
     def prepare() -> list[Any]:
-        prompts = [_ids(engine, prompt, body.suffix) for prompt in first_text(body)]
+        prompts = [_ids(engine, prompt, body.suffix) for prompt in _prompts(body)]
         options = {
             "top_logprobs": body.logprobs or 0,
             "prompt_logprobs": bool(body.echo) and body.logprobs is not None,
@@ -65,7 +65,7 @@ async def _stream(
     echoed: Any,
     served: Served,
     metrics: Metrics,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     tokenizer = handles[0].engine.engine.qwen.tokenizer
     told = [0] * len(handles)
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -84,17 +84,24 @@ async def _stream(
     yield event("[DONE]")
 
 
+def _prompts(body: CompletionRequest) -> list[Any]:
+    """Each a text or ids."""
+    prompt = body.prompt
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
+
+
 def _ids(engine: RunningEngine, prompt: str | list[int], suffix: str | None) -> list[int]:
     """With a suffix, in the form of Qwen-Coder's fill-in-the-middle. Raises InputError for a model that has none."""
     tokenizer = engine.engine.qwen.tokenizer
     if not suffix:
         # of OpenAI's default prompt the control token is meant
         return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    marks = [tokenizer.special_tokens.get(f"<|fim_{name}|>") for name in ("prefix", "suffix", "middle")]
-    if None in marks:
-        raise InputError("suffix needs a model that fills in the middle, such as Qwen2.5-Coder.")
+    try:
+        begin, end, middle = (tokenizer.special_tokens[f"<|fim_{name}|>"] for name in ("prefix", "suffix", "middle"))
+    except KeyError:
+        raise InputError("suffix needs a model that fills in the middle, such as Qwen2.5-Coder.") from None
     before = tokenizer.encode(prompt, allow_special=False) if isinstance(prompt, str) else list(prompt)
-    return [marks[0], *before, marks[1], *tokenizer.encode(suffix, allow_special=False), marks[2]]  # type: ignore[list-item]
+    return [begin, *before, end, *tokenizer.encode(suffix, allow_special=False), middle]
 
 
 def _logprobs(handle: Handle, begin: int, end: int, *, with_prompt: bool) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from infer.engine import Full
+from infer.engine import Full, Stopped
 from qwen_jax.errors import InputError
 
 
@@ -39,8 +41,12 @@ def as_api_error(error: BaseException) -> ApiError:
     """What a client is told of an exception; of one that nobody foresaw no more than that."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RequestValidationError | ValidationError):
+        return _of_field(error.errors()[0])
     if isinstance(error, Full):
         return ApiError(429, str(error), type="rate_limit_error", headers={"Retry-After": "1"})
+    if isinstance(error, Stopped):
+        return ApiError(503, str(error), type="server_error")
     if isinstance(error, InputError):
         return ApiError(400, str(error))
     if isinstance(error, TimeoutError):
@@ -48,16 +54,20 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed; its log says why.", type="server_error")
 
 
+def _of_field(found: Mapping[str, Any]) -> ApiError:
+    """What a client is told of the first field that is not as the protocol has it."""
+    if found["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {found['ctx']['error']}.")
+    names = [str(name) for name in found["loc"] if name != "body"]
+    message = found["msg"].removeprefix("Value error, ")
+    said = f"{'.'.join(names)}: {message}" if names else message
+    return ApiError(400, f"{said}.", param=names[0] if names else None)
+
+
 def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return ApiError(400, f"the body is not JSON: {first['ctx']['error']}.").response()
-        names = [str(name) for name in first["loc"] if name != "body"]
-        message = first["msg"].removeprefix("Value error, ")
-        said = f"{'.'.join(names)}: {message}" if names else message
-        return ApiError(400, f"{said}.", param=names[0] if names else None).response()
+        return as_api_error(error).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:

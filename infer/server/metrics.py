@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from infer.decode import decode
 from infer.engine import Handle, Piece, RunningEngine
-from infer.engine.programs import read
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 
@@ -59,6 +57,7 @@ class Metrics:
         gauges = {
             "vllm:num_requests_running": ("Requests that have a row.", lambda x: x.engine.num_running),
             "vllm:num_requests_waiting": ("Requests that wait for one.", lambda x: x.num_waiting),
+            "qwen_jax:compiled_programs": ("Programs that have run.", lambda x: len(x.engine.compiled)),
             "vllm:kv_cache_usage_perc": ("Share of the pages that requests hold.", lambda x: x.engine.pool.held),
         }
         counters = {
@@ -75,8 +74,6 @@ class Metrics:
                 for name, engine in self._engines.items():
                     found.add_metric([name], value(engine))
                 yield found
-        programs = read._cache_size() + decode._cache_size()  # type: ignore[attr-defined]
-        yield GaugeMetricFamily("qwen_jax:compiled_programs", "Programs that were compiled.", value=programs)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -59,9 +59,7 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     try:
         return ChatRequest.model_validate(told)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ApiError(400, f"{where}: {first['msg'].removeprefix('Value error, ')}.", param=where or None) from error
+        raise as_api_error(error) from error
 
 
 def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
@@ -234,7 +232,7 @@ async def respond(served: Served, metrics: Metrics, body: ResponsesRequest, requ
 
 async def _stream(
     served: Served, metrics: Metrics, body: ResponsesRequest, talk: Talk, id: str, created: float
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     items, number = Items(), 0
 
     def told(found: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from infer.grammar import Grammar
 from infer.qwen import Qwen
 from infer.sampling import Sampling
 from infer.server.errors import ApiError
-from infer.server.protocol import ChatRequest, CompletionRequest, ResponseFormat, Sampled, StructuredOutputs
+from infer.server.protocol import ChatRequest, ResponseFormat, Sampled, StructuredOutputs
 from qwen_jax.errors import InputError
 
 
@@ -224,11 +224,3 @@ def forced_calls(qwen: Qwen, body: ChatRequest) -> Grammar | None:
             raise ApiError(400, f"tool_choice: {name!r} is none of the tools.", param="tool_choice")
         parallel = False
     return _compiled(qwen, grammar.tool_calls(qwen.tokenizer, tools, parallel=parallel))
-
-
-def first_text(body: CompletionRequest) -> list[Any]:
-    """The prompts of a completion, each a text or ids."""
-    prompt = body.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        return [prompt]
-    return list(prompt)

@@ -15,7 +15,7 @@ from qwen_jax.model import init
 from tests.infer import tiny
 
 GREEDY = Settings(Sampling(), 8, (), None, raw=True)
-TEXTS = ["the rain", "in there", "when", "the other thing", "inner"]
+TEXTS = ["the rain", "in\u2028there", "when", "the other thing", "inner"]
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +24,14 @@ def qwen() -> Qwen:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def test_lines_are_answered_in_order_and_once(qwen: Qwen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps({"prompt": text, "id": i}) + "\n\n" for i, text in enumerate(TEXTS)))
+    source.write_text(
+        "".join(json.dumps({"prompt": text, "id": i}, ensure_ascii=False) + "\n\n" for i, text in enumerate(TEXTS))
+    )
     assert batch.run(qwen, source, out, GREEDY, rows=2) == 0
     wanted = [qwen.generate(text, Sampling(), max_tokens=8)[0] for text in TEXTS]
     found = read(out)

@@ -3,6 +3,7 @@
 import base64
 import http.client
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -117,7 +118,10 @@ def test_biases_penalties_and_bans_reach_the_device(live: Live) -> None:
     tokenizer = live.qwen.tokenizer
     (only,) = tokenizer.encode("q")
     body = {"model": "tiny", "prompt": "the", "temperature": 0, "max_tokens": 5}
-    ask = lambda **more: live.post(COMPLETE, body | more)[2]["choices"][0]["text"]  # noqa: E731
+
+    def ask(**more) -> str:
+        return live.post(COMPLETE, body | more)[2]["choices"][0]["text"]
+
     assert ask(logit_bias={str(only): 100}) == ask(allowed_token_ids=[only]) == "qqqqq"
     assert len(set(ask(allowed_token_ids=tokenizer.encode("qxzy"), frequency_penalty=2, max_tokens=12))) > 1
     plain = ask(max_tokens=20)
@@ -277,7 +281,7 @@ def test_smaller_routes(live: Live) -> None:
     assert live.post("/detokenize", {"tokens": ids})[2]["prompt"] == "the rain"
     live.post(*chats())
     text = live.get("/metrics")[2]
-    assert "qwen_jax:compiled_programs 0" not in text
+    assert int(re.search(r'qwen_jax:compiled_programs\{model_name="tiny"\} (\d+)', text)[1]) > 1
     for name in ("num_requests_running", "num_requests_waiting", "generation_tokens_total", "prefix_cache_hits_total"):
         assert f'vllm:{name}{{model_name="tiny"}}' in text
     assert "vllm:time_to_first_token_seconds_bucket" in text
@@ -341,4 +345,4 @@ def test_one_request_that_fails_leaves_others(live: Live) -> None:
             lambda prompt: other.post(COMPLETE, {"model": "tiny", "prompt": prompt, "max_tokens": 20}), ["the", "q"]
         )
         (good, _, _), (status, _, answer) = told
-        assert good == 200 and status == 400 and "finite" in answer["error"]["message"]
+        assert good == 200 and status == 500 and "finite" in answer["error"]["message"]
