@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer.decode import MAX_STEPS, DecodeState, Produced, bucket, decode
-from infer.engine.drafts import DRAFTED
+from infer.engine.drafts import DRAFTED, DRAFTING
 from infer.engine.pages import PagePool, page_keys
 from infer.engine.programs import Scores, read, verify
 from infer.engine.request import PromptToken, Request
@@ -49,11 +49,11 @@ class Counts:
 class Engine:
     """Answers any number of requests with a few programs, `rows` of them at a time.
 
-    A step reads one piece of at most one prompt, then decodes up to `steps` tokens of every request that is read. Keys
-    and values lie in `num_pages` pages of `page` tokens; those of a finished request stay until there is no room, so
-    that a prompt which begins like an earlier one is read from where they differ. Where pages run out, the youngest
-    request gives its own back and is read again later, with the same answer: randomness depends on a request's seed and
-    the number of its token only.
+    A step reads up to `piece` tokens of prompts, then decodes up to `steps` tokens of every request that is read, or one
+    while others are still to be read. Keys and values lie in `num_pages` pages of `page` tokens; those of a finished
+    request stay until there is no room, so that a prompt which begins like an earlier one is read from where they
+    differ. Where pages run out, the youngest request gives its own back and is read again later, with the same answer:
+    randomness depends on a request's seed and the number of its token only.
 
     The host knows all of a request; devices hold keys, values and weights. Not for a mesh, see `PagedCache`.
     """
@@ -180,7 +180,7 @@ class Engine:
         ]
         rows = sorted({bucket(rows) for rows in range(1, self.rows + 1)})
         decodes = [functools.partial(self._run_decode, [], 0, count) for count in rows]
-        verifies = [functools.partial(self._run_verify, [], [], count) for count in rows]
+        verifies = [functools.partial(self._run_verify, [], [], count) for count in rows if count <= DRAFTING]
         each = itertools.zip_longest(reads, decodes, verifies)
         return [program for some in each for program in some if program]
 
@@ -217,17 +217,23 @@ class Engine:
         """Moves everything on, and gives the new text of each request that has some."""
         self._retire()
         self._admit()
-        pieces = []
-        if reading := self._next_to_read():
+        pieces, room = [], self._piece
+        while room > 0 and (reading := self._next_to_read()):
+            before = reading.held
             pieces += self._read(reading)
+            room -= reading.held - before
+            self._admit()  # whose prompt begins as this one, and waited for it
         pieces += self._decode()
         self._retire()
         self.counts.steps += 1
         return pieces
 
+    def _unread(self) -> list[Request]:
+        return [request for request in self._running if request.held < request.to_read and not request.is_over]
+
     def _next_to_read(self) -> Request | None:
         """The oldest prompt that is not read; a short one in turn with one of more than 8 pieces."""
-        unread = [request for request in self._running if request.held < request.to_read]
+        unread = self._unread()
         if not unread:
             return None
         rest = [request.to_read - request.held for request in unread]
@@ -313,8 +319,11 @@ class Engine:
     def _decode(self) -> list[tuple[Request, str]]:
         ready = [request for request in self._running if request.held == request.to_read and not request.is_over]
         one_by_one = any(request.matcher or request.asked.sampling.needs_history for request in ready)
-        steps = 1 if one_by_one else self._steps
-        drafts = {} if one_by_one else {request: request.drafts.after(request.tokens) for request in ready}
+        # who still waits for its first token does not wait for many of others
+        steps = 1 if one_by_one or self._unread() else self._steps
+        drafts = {}
+        if not one_by_one and len(ready) <= DRAFTING:
+            drafts = {request: request.drafts.after(request.tokens) for request in ready}
         if is_drafted := any(drafts.values()):
             steps = 1 + DRAFTED
         ready = self._with_room(ready, steps)
@@ -395,7 +404,7 @@ class Engine:
     ) -> tuple[Produced, Scores | None, jax.Array]:
         cache = self._cache([request], 1)
         stop_ids = self._stop_ids([request])
-        self.compiled.add(("read", tokens.size, cache.tables.shape, stop_ids.shape, targets is not None))
+        shape = ("read", tokens.size, cache.tables.shape, stop_ids.shape, targets is not None)
         with self.qwen.entered():
             cache, produced, scores, hidden = read(
                 self.qwen.params,
@@ -408,19 +417,21 @@ class Engine:
                 **self._static,
             )
         self._layers = cache.layers
+        self.compiled.add(shape)
         return produced, scores, hidden
 
     def _run_decode(self, requests: list[Request], steps: int, rows: int = 1) -> tuple[Produced, int, SamplingRows]:
         """What up to `steps` steps give these requests, how many were taken, and what sampling has seen after them."""
-        state, stop_ids = self._state("decode", requests, rows)
+        state, stop_ids = self._state(requests, rows)
         with self.qwen.entered():
             state, produced, count = decode(self.qwen.params, state, np.int32(steps), stop_ids, **self._static)
         assert isinstance(state.cache, PagedCache) and state.rows is not None
         self._layers = state.cache.layers
+        self.compiled.add(("decode", state.cache.tables.shape, stop_ids.shape))
         return produced, int(count), state.rows
 
     def _run_verify(self, requests: list[Request], drafts: list[list[int]], rows: int = 1) -> Produced:
-        state, stop_ids = self._state("verify", requests, rows)
+        state, stop_ids = self._state(requests, rows)
         told = np.zeros((state.tokens.size, DRAFTED), np.int32)
         for row, draft in enumerate(drafts):
             told[row, : len(draft)] = draft
@@ -428,10 +439,11 @@ class Engine:
             state, produced = verify(self.qwen.params, state, told, stop_ids, **self._static)
         assert isinstance(state.cache, PagedCache)
         self._layers = state.cache.layers
+        self.compiled.add(("verify", state.cache.tables.shape, stop_ids.shape))
         return produced
 
-    def _state(self, program: str, requests: list[Request], rows: int) -> tuple[DecodeState, np.ndarray]:
-        """These requests, and as many more rows as it takes, as a program sees them, and their stop ids."""
+    def _state(self, requests: list[Request], rows: int) -> tuple[DecodeState, np.ndarray]:
+        """These requests, and as many more rows as it takes, as the programs see them, and their stop ids."""
         rows = max(bucket(max(len(requests), rows)), self.qwen.backend.min_decode_rows)
         text = AnswerText(self.qwen.tokenizer, (), frozenset(), 0)
         nobody = Request(Asked([0], Sampling(), 0, (), ()), 0, text, Answer(1))
@@ -439,18 +451,15 @@ class Engine:
         seen = self._sampled[1] if self._sampled and self._sampled[0] == requests else None
         if seen is None or seen.seed.size != rows:
             seen = self._sampling(all_rows)
-        cache = self._cache(all_rows, rows)
-        stop_ids = self._stop_ids(all_rows)
-        self.compiled.add((program, cache.tables.shape, stop_ids.shape))
         state = DecodeState(
-            cache=cache,
+            cache=self._cache(all_rows, rows),
             tokens=jnp.array([request.tokens[-1] for request in all_rows], jnp.int32),
             steps=jnp.array([len(request.answer.tokens) for request in all_rows], jnp.int32),
             limits=jnp.array([request.asked.limit for request in all_rows], jnp.int32),
             done=jnp.arange(rows) >= len(requests),
             rows=seen,
         )
-        return state, stop_ids
+        return state, self._stop_ids(all_rows)
 
     @property
     def _static(self) -> dict[str, Any]:
