@@ -49,11 +49,11 @@ class Counts:
 class Engine:
     """Answers any number of requests with a few programs, `rows` of them at a time.
 
-    A step reads up to `piece` tokens of prompts, then decodes up to `steps` tokens of every request that is read, or one
-    while others are still to be read. Keys and values lie in `num_pages` pages of `page` tokens; those of a finished
-    request stay until there is no room, so that a prompt which begins like an earlier one is read from where they
-    differ. Where pages run out, the youngest request gives its own back and is read again later, with the same answer:
-    randomness depends on a request's seed and the number of its token only.
+    A step reads up to `piece` tokens of prompts, then decodes up to `steps` tokens of every request that is read, but
+    one while others are still to be read. Keys and values lie in `num_pages` pages of `page` tokens; those of a
+    finished request stay until there is no room, so that a prompt which begins like an earlier one is read from where
+    they differ. Where pages run out, the youngest request gives its own back and is read again later, with the same
+    answer: randomness depends on a request's seed and the number of its token only.
 
     The host knows all of a request; devices hold keys, values and weights. Not for a mesh, see `PagedCache`.
     """
